@@ -1,0 +1,1 @@
+"""Typed YAML and command-line configuration, where no mistake costs a run."""

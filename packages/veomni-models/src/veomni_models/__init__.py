@@ -1,0 +1,1 @@
+"""Foundation models of the ecosystem, and omni models assembled from any parts."""

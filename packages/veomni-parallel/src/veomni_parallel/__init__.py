@@ -1,0 +1,1 @@
+"""Meshes, wrappers and sequence parallelism for any PyTorch model, with the mathematics unchanged."""

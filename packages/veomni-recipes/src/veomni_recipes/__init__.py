@@ -1,0 +1,1 @@
+"""Readable, trainer-free training scripts and their configs, and the `veomni` command."""

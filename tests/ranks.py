@@ -1,0 +1,100 @@
+"""Run a plain function on N ranks of a gloo process group that is started once and kept."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    pipe.send(("ready", None))
+    while (job := pipe.recv()) is not None:
+        fn, args = job
+        try:
+            pipe.send(("result", fn(*args)))
+        except BaseException:  # what fails on a rank is shown by the test, whatever it is
+            pipe.send(("error", traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """N processes in one gloo group; `run` calls a module-level function on each and returns their results."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def _start(self) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = mp.get_context("spawn")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        self._collect(60)
+
+    def _collect(self, timeout: float) -> list[Any]:
+        """One answer of every rank; the group is ended (and started anew by the next run) if one fails or is late."""
+        import time
+
+        end, waiting, results = time.monotonic() + timeout, dict(zip(self._pipes, range(self.world_size), strict=True)), {}
+        try:
+            while waiting:
+                ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
+                if not ready:
+                    raise TimeoutError(f"ranks {sorted(waiting.values())} gave no answer within {timeout} s")
+                for pipe in ready:
+                    rank = waiting.pop(pipe)
+                    kind, value = pipe.recv()
+                    if kind == "error":
+                        raise AssertionError(f"rank {rank} failed:\n{value}")
+                    results[rank] = value
+        except BaseException:
+            self.stop(kill=True)
+            raise
+        return [results[rank] for rank in range(self.world_size)]
+
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+        """Call `fn(*args)` on every rank; `fn` and what it returns must pickle. Results in the order of ranks."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((fn, args))
+        return self._collect(timeout)
+
+    def stop(self, kill: bool = False) -> None:
+        """End the processes: by asking, or at once."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if kill:
+                process.kill()
+            else:
+                pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        self._processes, self._pipes = [], []
