@@ -1,1 +1,25 @@
 """Foundation models of the ecosystem, and omni models assembled from any parts."""
+
+from veomni_models.foundation import ModelError, build_foundation_model, build_tokenizer
+from veomni_models.initialization import initialize_weights
+from veomni_models.omni import OmniConfig, OmniModel, build_omni_model
+from veomni_models.omni_processor import OmniProcessor, build_omni_processor
+from veomni_models.plan import plan_for
+from veomni_models.projectors import MLPProjector
+from veomni_models.segment_attention import register_segment_attention, segment_attention
+
+__all__ = [
+    "MLPProjector",
+    "ModelError",
+    "OmniConfig",
+    "OmniModel",
+    "OmniProcessor",
+    "build_foundation_model",
+    "build_omni_model",
+    "build_omni_processor",
+    "build_tokenizer",
+    "initialize_weights",
+    "plan_for",
+    "register_segment_attention",
+    "segment_attention",
+]

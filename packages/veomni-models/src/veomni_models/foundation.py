@@ -1,0 +1,126 @@
+"""Foundation models and tokenizers of the ecosystem, from a folder, a config or the keys of a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from veomni_models.initialization import initialize_weights
+from veomni_models.segment_attention import register_segment_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelError(ValueError):
+    """A model cannot be built from what was given; the message is one sentence that names it."""
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] = {}) -> PreTrainedConfig:
+    """The config of a folder with `overrides` on top, or one made from overrides alone (then with `model_type`).
+
+    Raises:
+        ModelError: no such folder, no config.json in it, an unknown model type, or a key that the config refuses.
+    """
+    from transformers import AutoConfig
+
+    keys = dict(overrides)
+    if path is None:
+        if "model_type" not in keys:
+            raise ModelError(f"no config folder was given, and the keys {sorted(keys)} have no model_type to start from")
+        kind = keys.pop("model_type")
+        try:
+            return AutoConfig.for_model(kind, **keys)
+        except Exception as error:
+            raise ModelError(f"no config of model_type {kind!r} can be made from {keys}: {_sentence(error)}") from error
+    _check_folder(path, "config.json")
+    try:
+        return AutoConfig.from_pretrained(path, **keys)
+    except Exception as error:
+        raise ModelError(f"{path}/config.json cannot be read as a model config: {_sentence(error)}") from error
+
+
+def attention_for(attn_implementation: str) -> str:
+    """The kernel's name in transformers: `auto` is the flash kernel for packed rows on CUDA, the segment loop elsewhere."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if attn_implementation == "auto":
+        attn_implementation = "flash_attention_2" if is_flash_attn_2_available() else "segments"
+    return register_segment_attention() if attn_implementation == "segments" else attn_implementation
+
+
+def build_foundation_model(
+    config_path: str | Path | PreTrainedConfig | None = None,
+    weights_path: str | Path | None = None,
+    *,
+    torch_dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "auto",
+    init_device: str = "meta",
+    overrides: Mapping[str, Any] = {},
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal language model of transformers.
+
+    Args:
+        config_path: a folder with config.json, or a config object; falls back to `weights_path`.
+        weights_path: a folder with safetensors; None = random weights from `seed`.
+        torch_dtype: of the parameters.
+        attn_implementation: `auto`, `segments`, or any name that transformers knows.
+        init_device: `meta` gives a model without storage (shard it, then load weights or `initialize_weights`);
+            any other device gives one with its weights on it.
+        overrides: keys of the config that replace the folder's; with neither folder, all of them, with `model_type`.
+        seed: of random weights.
+
+    Raises:
+        ModelError: a folder or its config.json is missing or cannot be used.
+    """
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    if isinstance(config_path, PreTrainedConfig):
+        config = config_path
+    else:
+        config = load_config(config_path or weights_path, overrides)
+    if weights_path is not None:
+        _check_folder(weights_path, "config.json")
+    attention = attention_for(attn_implementation)
+    if weights_path is not None and init_device != "meta":
+        model = AutoModelForCausalLM.from_pretrained(
+            weights_path, config=config, dtype=torch_dtype, attn_implementation=attention
+        )
+        return model.to(init_device).train()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=attention)
+    if init_device != "meta":
+        initialize_weights(model, seed, init_device)
+    return model.train()
+
+
+def build_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a folder.
+
+    Raises:
+        ModelError: the folder does not exist or holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(path, "tokenizer_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise ModelError(f"{path} holds no tokenizer that can be loaded: {_sentence(error)}") from error
+
+
+def _check_folder(path: str | Path, file: str) -> None:
+    if not Path(path).is_dir():
+        raise ModelError(f"{path}: no such folder (a local model folder with {file} is needed)")
+    if not (Path(path) / file).is_file():
+        raise ModelError(f"{path} has no {file}, so it is not a folder that save_pretrained wrote")
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of an error's message, short enough for one sentence of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

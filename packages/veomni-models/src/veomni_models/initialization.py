@@ -1,0 +1,77 @@
+"""Random weights for a model that was built on the meta device, the same ones however it is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def initialize_weights(model: PreTrainedModel, seed: int, device: torch.device | str | None = None) -> None:
+    """Give a model the random weights that its own `_init_weights` functions draw after `torch.manual_seed(seed)`.
+
+    Parameters may be sharded (FSDP2 and other DTensors): each is drawn whole, one block at a time, and every rank
+    keeps its part, so that 1 and N ranks hold the same numbers. No rank holds more than one whole block beside its
+    shards. Buffers that are not saved (rotary frequencies) are restored too. The global generators are left alone.
+
+    Args:
+        model: a transformers model, on the meta device or with storage.
+        seed: of the random generators.
+        device: where meta tensors get their storage; needed only if there are any.
+
+    Raises:
+        ValueError: the model is on the meta device and no device is given.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        if device is None:
+            raise ValueError("the model is on the meta device: say on which device its weights are to be made")
+        model.to_empty(device=device)
+        model.tie_weights()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _visit(model, model)
+
+
+def _visit(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Children first, each by the nearest transformers model above it: the order of transformers' own initialization."""
+    from transformers import PreTrainedModel
+
+    nested = any(isinstance(m, FSDPModule) for m in module.modules() if m is not module)
+    with _whole_parameters(module, recurse=not nested):
+        for child in module.children():
+            _visit(child, child if isinstance(child, PreTrainedModel) else owner)
+        owner._init_weights(module)
+
+
+@contextmanager
+def _whole_parameters(module: nn.Module, recurse: bool) -> Iterator[None]:
+    """Inside, sharded parameters are whole tensors; on leaving, each rank's shard takes its part of them."""
+    sharded = [
+        (m, name, p)
+        for m in (module.modules() if recurse else [module])
+        for name, p in m.named_parameters(recurse=False)
+        if isinstance(p, DTensor)
+    ]
+    wholes = {}
+    for m, name, p in sharded:
+        # a parameter that two modules share stays shared
+        whole = wholes.setdefault(p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad))
+        setattr(m, name, whole)
+    try:
+        yield
+    finally:
+        for m, name, p in sharded:
+            setattr(m, name, p)
+    for p, whole in wholes.items():
+        # no source rank: every rank drew the same tensor, so nothing is sent
+        part = distribute_tensor(whole.data, p.device_mesh, p.placements, src_data_rank=None)
+        p.to_local().copy_(part.to_local())
