@@ -1,1 +1,37 @@
 """Typed YAML and command-line configuration, where no mistake costs a run."""
+
+from .batch_plan import BatchPlan, plan_batches
+from .data import DataConfig
+from .errors import ConfigError, Origin, Problem
+from .infer import InferConfig
+from .model import ModelConfig
+from .omni import OmniDataConfig, OmniRecipeConfig, OmniTrainConfig, VLRecipeConfig, VLTrainConfig
+from .parse import ConfigWarning, parse_args
+from .recipe import InferRecipeConfig, RecipeConfig
+from .section import Section, rule
+from .train import TrainConfig
+from .yaml_writer import dump_config
+
+__all__ = [
+    "BatchPlan",
+    "ConfigError",
+    "ConfigWarning",
+    "DataConfig",
+    "InferConfig",
+    "InferRecipeConfig",
+    "ModelConfig",
+    "OmniDataConfig",
+    "OmniRecipeConfig",
+    "OmniTrainConfig",
+    "Origin",
+    "Problem",
+    "RecipeConfig",
+    "Section",
+    "TrainConfig",
+    "VLRecipeConfig",
+    "VLTrainConfig",
+    "dump_config",
+    "parse_args",
+    "plan_batches",
+    "rule",
+]

@@ -4,18 +4,23 @@
 
 FOLDER gets `images/*.png`, `train.jsonl`, `validation.jsonl`, `test.jsonl` and `tokenizer/`. A line of the files is
 `{"messages": [...], "images": [paths], "task": "single_picture" | "list" | "sum"}`. Pictures are split before they are
-combined, so that nobody is asked about a picture seen in training: 70 % train, 10 % validation, 20 % test.
+combined, so that nobody is asked about a picture seen in training: 70 % train, 10 % validation, 20 % test. Training
+pictures stand there with some copies that are turned, stretched and shifted a little; the others as they are.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NAMES = "zero one two three four five six seven eight nine".split()
 SUMS = [*NAMES, *"ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split()]
@@ -30,7 +35,8 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TRAINING_SAMPLES = 14_000
+TRAINING_SAMPLES = 44_000
+COPIES = 7  # of each training picture
 
 
 def main(folder: Path) -> None:
@@ -44,13 +50,17 @@ def main(folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "images").mkdir(parents=True)
-    write_pictures(partial / "images", digits.images)
     order = random.Random(0).sample(range(len(digits.target)), len(digits.target))
     first, second = int(0.7 * len(order)), int(0.8 * len(order))
     parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
     for name, members in parts.items():
         rng = random.Random(name)
-        samples = training(members, digits.target, rng) if name == "train" else held_out(members, digits.target, rng)
+        if name == "train":
+            files = {m: write_pictures(partial, m, digits.images[m], rng, copies=COPIES) for m in members}
+            samples = training(files, digits.target, rng)
+        else:
+            files = {m: write_pictures(partial, m, digits.images[m], rng) for m in members}
+            samples = held_out(files, digits.target, rng)
         lines = [json.dumps(sample) + "\n" for sample in samples]
         (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     train_tokenizer(partial / "train.jsonl", partial / "tokenizer")
@@ -58,36 +68,55 @@ def main(folder: Path) -> None:
     print(f"wrote {folder}: " + ", ".join(f"{len(v)} pictures for {k}" for k, v in parts.items()))
 
 
-def write_pictures(folder: Path, images: Any) -> None:
-    """8 x 8 pictures of 17 grey levels [n, 8, 8] as PNG files."""
+def write_pictures(folder: Path, number: int, pixels: Any, rng: random.Random, copies: int = 0) -> list[str]:
+    """A picture of 8 x 8 pixels in 17 grey levels and some distorted copies as PNG files: their paths."""
     import numpy as np
     from PIL import Image
 
-    for i, image in enumerate(images):
-        Image.fromarray((image * (255 / 16)).round().astype(np.uint8)).save(folder / f"{i:04d}.png")
+    picture = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
+    names = [f"images/{number:04d}.png", *(f"images/{number:04d}_{i}.png" for i in range(1, copies + 1))]
+    picture.save(folder / names[0])
+    for name in names[1:]:
+        distort(picture, rng).save(folder / name)
+    return names
 
 
-def training(members: list[int], labels: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
+def distort(picture: Image, rng: random.Random) -> Image:
+    """Turned by up to 12 degrees, stretched by up to 10 % and shifted by up to 0.6 pixels, about its middle."""
+    from PIL import Image
+
+    angle, scale = math.radians(rng.uniform(-12, 12)), rng.uniform(0.9, 1.1)
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    x, y = (picture.width - 1) / 2, (picture.height - 1) / 2
+    right, down = rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.6)
+    inverse = (cos, sin, x - cos * x - sin * y + right, -sin, cos, y + sin * x - cos * y + down)
+    return picture.transform(picture.size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
+
+
+def training(files: dict[int, list[str]], labels: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
     """40 % single pictures, 30 % lists of two to four, 30 % sums of two; every picture is used equally often."""
     deck: list[int] = []
     for _ in range(TRAINING_SAMPLES):
         (task,) = rng.choices(list(QUESTIONS), [4, 3, 3])
         count = {"single_picture": 1, "list": rng.choice([2, 3, 4]), "sum": 2}[task]
         while len(deck) < count:
-            deck += rng.sample(members, len(members))
-        yield conversation(task, [deck.pop(0) for _ in range(count)], labels, rng)
+            deck += rng.sample(list(files), len(files))
+        yield conversation(task, [deck.pop(0) for _ in range(count)], files, labels, rng)
 
 
-def held_out(members: list[int], labels: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
+def held_out(files: dict[int, list[str]], labels: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Every picture once alone; then lists and sums, as many of each as half of the pictures."""
+    members = list(files)
     for member in members:
-        yield conversation("single_picture", [member], labels, rng)
+        yield conversation("single_picture", [member], files, labels, rng)
     for i in range(len(members) // 2):
-        yield conversation("list", rng.sample(members, 2 + i % 3), labels, rng)
-        yield conversation("sum", rng.sample(members, 2), labels, rng)
+        yield conversation("list", rng.sample(members, 2 + i % 3), files, labels, rng)
+        yield conversation("sum", rng.sample(members, 2), files, labels, rng)
 
 
-def conversation(task: str, members: list[int], labels: Any, rng: random.Random) -> dict[str, Any]:
+def conversation(
+    task: str, members: list[int], files: dict[int, list[str]], labels: Any, rng: random.Random
+) -> dict[str, Any]:
     """One question about some pictures with its answer in words; a sum is answered in steps."""
     values = [int(labels[m]) for m in members]
     words = [NAMES[v] for v in values]
@@ -97,7 +126,7 @@ def conversation(task: str, members: list[int], labels: Any, rng: random.Random)
             {"role": "user", "content": "<image>" * len(members) + rng.choice(QUESTIONS[task])},
             {"role": "assistant", "content": answer},
         ],
-        "images": [f"images/{m:04d}.png" for m in members],
+        "images": [rng.choice(files[m]) for m in members],
         "task": task,
     }
 

@@ -1,0 +1,94 @@
+"""What a recipe is configured by: its sections together, and the rules between them."""
+
+from __future__ import annotations
+
+from .architecture import attention_heads, experts
+from .batch_plan import BatchPlan, plan_batches
+from .data import DataConfig
+from .errors import ConfigError, Problem
+from .infer import InferConfig
+from .model import ModelConfig
+from .section import Section, rule
+from .train import TrainConfig
+
+
+class RecipeConfig(Section):
+    """Configuration of a training recipe. A recipe adds keys to a section by subclassing both."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def batch_plan(self, world_size: int, samples: int | None = None) -> BatchPlan:
+        """How the rows of a step are dealt to `world_size` ranks, and how many steps there are: see `plan_batches`."""
+        return plan_batches(self.train, self.data, world_size, samples)
+
+    def compute_train_steps(self, world_size: int, samples: int | None = None) -> int:
+        """Optimizer steps of one epoch; an epoch of all `num_train_epochs`.
+
+        `samples`, the number of training samples, is needed with `train.dyn_bsz: false`. Raises ConfigError where it
+        is missing or a size does not divide.
+        """
+        plan = self.batch_plan(world_size, samples)
+        if plan.steps_per_epoch is None:
+            text = "without it the steps follow from the number of samples, which is not known: set train.max_steps"
+            raise ConfigError([Problem("train.dyn_bsz", text)])
+        return plan.steps_per_epoch
+
+    @rule("train.save_hf_weights", "model.config_path")
+    def _export_needs_a_configuration(self) -> str | None:
+        if self.train.save_hf_weights and not (self.model.config_path or self.model.foundation.get("model_type")):
+            return (
+                "the exported folder needs the model's configuration: set model.config_path, model.model_path or "
+                "model.foundation.model_type, or train.save_hf_weights to false"
+            )
+        return None
+
+    @rule("train.dyn_bsz_margin", "train.micro_batch_size", "data.max_seq_len")
+    def _margin_leaves_a_budget(self) -> str | None:
+        budget = self.train.micro_batch_size * self.data.max_seq_len
+        if self.train.dyn_bsz_margin >= budget:
+            return f"nothing is left of a micro-batch's budget: set train.dyn_bsz_margin to less than {budget}"
+        return None
+
+    @rule("train.bsz_warmup_init_mbtoken", "train.bsz_warmup_ratio", "train.micro_batch_size", "data.max_seq_len")
+    def _warmup_starts_below_its_end(self) -> str | None:
+        budget = self.train.micro_batch_size * self.data.max_seq_len
+        if self.train.bsz_warmup_ratio > 0 and self.train.bsz_warmup_init_mbtoken > budget:
+            return f"the budget would shrink: set train.bsz_warmup_init_mbtoken to {budget} or less"
+        return None
+
+    @rule("train.ulysses_parallel_size", "model.config_path", "model.foundation")
+    def _ulysses_divides_the_heads(self) -> str | None:
+        return _divides(
+            "train.ulysses_parallel_size",
+            self.train.ulysses_parallel_size,
+            attention_heads(self.model),
+            "attention heads",
+        )
+
+    @rule("train.tensor_parallel_size", "model.config_path", "model.foundation")
+    def _tensor_parallel_divides_the_heads(self) -> str | None:
+        return _divides(
+            "train.tensor_parallel_size",
+            self.train.tensor_parallel_size,
+            attention_heads(self.model),
+            "attention heads",
+        )
+
+    @rule("train.expert_parallel_size", "model.config_path", "model.foundation")
+    def _expert_parallel_divides_the_experts(self) -> str | None:
+        return _divides("train.expert_parallel_size", self.train.expert_parallel_size, experts(self.model), "experts")
+
+
+class InferRecipeConfig(Section):
+    """Configuration of the inference script."""
+
+    infer: InferConfig
+
+
+def _divides(key: str, size: int, whole: int | None, things: str) -> str | None:
+    if whole is None or whole % size == 0:
+        return None
+    fits = " or ".join(str(value) for value in range(1, min(whole, 64) + 1) if whole % value == 0)
+    return f"{size} does not divide the model's {whole} {things}: set {key} to {fits}"

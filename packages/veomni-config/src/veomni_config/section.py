@@ -1,0 +1,64 @@
+"""What every section is: typed, frozen, closed to unknown keys, and aware of the rules between its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
+
+SectionT = TypeVar("SectionT", bound="Section")
+RuleT = TypeVar("RuleT", bound=Callable[[Any], str | None])
+
+RULES_LATER = {"rules": "later"}  # validation context of parse_args, which tells all broken rules at once
+
+# the reference system's files may write null for these
+Names: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(lambda value: () if value is None else value)]
+Switch: TypeAlias = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
+Mapping: TypeAlias = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+
+
+def rule(*keys: str) -> Callable[[RuleT], RuleT]:
+    """Mark a method of a section as a rule between its `keys` (dotted where they lie deeper).
+
+    The method returns one sentence that says what is wrong and which value would be right, or None. It is called when
+    all of `keys` are valid by themselves; the message shows their values and where each was written.
+    """
+
+    def mark(method: RuleT) -> RuleT:
+        method.__dict__["rule_keys"] = keys
+        return method
+
+    return mark
+
+
+class Section(BaseModel):
+    """Base of all sections, and of the recipe that holds them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def derive(self) -> dict[str, Any]:
+        """Values that follow from other keys, for keys that were left open; a subclass adds to those of its base."""
+        return {}
+
+    def broken_rules(self, ignore: Collection[str] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The keys and the sentence of each broken rule, without the rules that read a key of `ignore`."""
+        for name in dict.fromkeys(name for cls in reversed(type(self).__mro__) for name in vars(cls)):
+            keys = getattr(getattr(type(self), name, None), "rule_keys", None)
+            if keys and not any(_touches(key, bad) for key in keys for bad in ignore):
+                sentence = getattr(self, name)()
+                if sentence:
+                    yield keys, sentence
+
+    @model_validator(mode="after")
+    def _fill_and_check(self, info: ValidationInfo) -> Section:
+        self.__dict__.update(self.derive())
+        if info.context is not RULES_LATER:
+            broken = [f"{', '.join(keys)}: {sentence}" for keys, sentence in self.broken_rules()]
+            if broken:
+                raise ValueError("\n".join(broken))
+        return self
+
+
+def _touches(key: str, bad: str) -> bool:
+    return key == bad or key.startswith(bad + ".") or bad.startswith(key + ".")

@@ -1,0 +1,40 @@
+"""A resolved configuration as YAML, with where each value came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from .parse import Resolved
+from .schema import find_key
+from .yaml_writer import plain_config, plain_value, to_yaml
+
+
+def show_config(resolved: Resolved[BaseModel]) -> str:
+    """YAML that loads equal; beside each value `default`, `file:line`, `command line` or `derived`."""
+    rows: list[tuple[str, str]] = []
+
+    def add(mapping: dict[Any, Any], path: tuple[Any, ...]) -> None:
+        for name, value in mapping.items():
+            here = (*path, name)
+            head = f"{'  ' * len(path)}{to_yaml(name, flow=True)}:"
+            if isinstance(value, dict) and value:
+                rows.append((head, ""))
+                add(value, here)
+            else:
+                rows.append((f"{head} {to_yaml(value, flow=True)}", source_of(resolved, here, value)))
+
+    add(plain_config(resolved.config), ())
+    width = min(60, max(len(text) for text, _ in rows))
+    return "".join(f"{text:{width}}  # {source}\n" if source else f"{text}\n" for text, source in rows)
+
+
+def source_of(resolved: Resolved[BaseModel], path: tuple[Any, ...], value: Any) -> str:
+    """Where the value at `path` came from."""
+    node = resolved.tree.find(path)
+    if node is not None and (node.value is not None or not value):
+        return str(node.origin)
+    key = find_key(type(resolved.config), path)
+    default = plain_value(key.field.default) if key else None
+    return "default" if value == default else "derived"

@@ -1,0 +1,82 @@
+"""Configurations into YAML that the reader gives back equal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from .environment import escape_environment
+from .scalar import BOOL, FLOAT, INT, NULL
+from .schema import config_keys
+
+
+def dump_config(config: BaseModel, path: str | Path) -> None:
+    """Write all keys of `config`, derived values included, so that `parse_args` of that file gives an equal one.
+
+    Keys without an effect are left out where they have their default.
+    """
+    Path(path).write_text(to_yaml(plain_config(config)), encoding="utf-8")
+
+
+def plain_config(config: BaseModel) -> dict[str, Any]:
+    """The values of all keys as plain nested dictionaries."""
+    plain: dict[str, Any] = {}
+    for key in config_keys(type(config)):
+        value: Any = config
+        for name in key.path:
+            value = getattr(value, name)
+        if key.legacy and value == key.field.default:
+            continue
+        section = plain
+        for name in key.path[:-1]:
+            section = section.setdefault(name, {})
+        section[key.path[-1]] = plain_value(value)
+    return plain
+
+
+def plain_value(value: Any) -> Any:
+    """`value` made of dictionaries, lists and scalars alone."""
+    if isinstance(value, dict):
+        return {key: plain_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_yaml(value: Any, *, flow: bool = False) -> str:
+    """`value` as YAML text; `flow` puts it on one line."""
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=flow or None,
+        width=2**31 if flow else 120,
+    )
+    return text.removesuffix("...\n").removesuffix("\n") if flow else text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the reader would take for something else than text, and never uses aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, data: str) -> yaml.Node:
+        style = None if data.isprintable() else '"'  # with escapes, so that line breaks stay what they are
+        return self.represent_scalar("tag:yaml.org,2002:str", escape_environment(data), style)
+
+    def represent_number(self, data: float) -> yaml.Node:
+        text = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(repr(data), repr(data))
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.yaml_implicit_resolvers = {}
+for _tag, _pattern in (("null", NULL), ("bool", BOOL), ("int", INT), ("float", FLOAT), ("merge", re.compile("<<"))):
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern.pattern})\\Z"), None)
+_Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(float, _Dumper.represent_number)

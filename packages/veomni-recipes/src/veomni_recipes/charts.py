@@ -1,0 +1,87 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from veomni_recipes.evaluation import Answer
+
+
+def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss and learning rate over steps, from the lines of metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    steps = [line["step"] for line in metrics]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.semilogy(steps, [line["loss"] for line in metrics], color="tab:blue")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a target token)", color="tab:blue")
+    axes.grid(alpha=0.3)
+    rate = axes.twinx()
+    rate.plot(steps, [line["lr"] for line in metrics], color="tab:orange", alpha=0.7)
+    rate.set_ylabel("learning rate", color="tab:orange")
+    figure.savefig(path, dpi=120)
+
+
+def draw_answers(
+    answers: Sequence[Answer],
+    prompts: Sequence[Mapping[str, Any]],
+    path: Path,
+    scores: Mapping[str, float],
+    columns: int = 6,
+    rows: int = 6,
+) -> None:
+    """A grid of held-out pictures with question and answer: some of every task, errors in red with the truth.
+
+    Args:
+        answers: of the model.
+        prompts: the held-out samples, `prompts[answer.row]["images"]` the pictures asked about.
+        path: the PNG file.
+        scores: shares of right answers, for the title.
+        columns, rows: size of the grid.
+    """
+    from matplotlib.figure import Figure
+
+    chosen = _choose(answers, columns * rows)
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(2.5 * columns, 2.2 * rows + 0.6), layout="constrained")
+    figure.suptitle(", ".join(f"{k.removesuffix('_accuracy').replace('_', ' ')} {v:.1%}" for k, v in scores.items()))
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, answer in zip(places, chosen, strict=False):
+        axes.imshow(_side_by_side(prompts[answer.row]["images"]), interpolation="nearest")
+        truth = "" if answer.right else f"\ntruth: {answer.truth}"
+        color = "black" if answer.right else "red"
+        axes.set_title(f"{answer.question}\n{answer.text}{truth}", fontsize=8, color=color)
+    for axes in places:
+        axes.axis("off")
+    figure.savefig(path, dpi=120)
+
+
+def _choose(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """The same number of every task, each task's errors first but never more than half of its places."""
+    tasks = list(dict.fromkeys(answer.task for answer in answers))
+    chosen: list[Answer] = []
+    for i, task in enumerate(tasks):
+        places = (count - len(chosen)) // (len(tasks) - i)
+        own = [a for a in answers if a.task == task]
+        wrong = [a for a in own if not a.right][: places // 2]
+        chosen += wrong + [a for a in own if a.right][: places - len(wrong)]
+    return chosen
+
+
+def _side_by_side(images: Sequence[Image]) -> Any:
+    import numpy as np
+
+    height = max(image.height for image in images)
+    arrays = [
+        np.asarray(image.convert("RGB").resize((round(image.width * height / image.height), height), 0)) for image in images
+    ]
+    gap = np.full((height, max(1, height // 8), 3), 255, np.uint8)
+    joined = [part for array in arrays for part in (array, gap)]
+    return np.concatenate(joined[:-1], axis=1)

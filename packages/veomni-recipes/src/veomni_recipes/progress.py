@@ -1,0 +1,130 @@
+"""Where a run stands, and how that looks while it goes on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from veomni_recipes.distributed import gather, rank
+
+if TYPE_CHECKING:
+    from veomni_data import Batch, DataLoader
+
+
+@dataclass
+class Progress:
+    """Counters of a run, saved with its checkpoints.
+
+    Attributes:
+        step: optimizer steps made.
+        epoch: passes over the data that are complete.
+        epoch_step: steps made in the present one.
+        tokens: tokens that went through the model, over all ranks, without padding.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._new_tokens = 0
+
+    def steps(self, loader: DataLoader, limit: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step that is left of this epoch, of which `limit` steps count."""
+        if self.epoch_step < limit:
+            for micro_batches in loader:
+                self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
+                yield micro_batches
+                if self.epoch_step >= limit:
+                    break
+
+    def end_epoch(self, loader: DataLoader) -> None:
+        """The next epoch is on."""
+        self.epoch, self.epoch_step = self.epoch + 1, 0
+        loader.set_epoch(self.epoch)
+
+    def measure(self, *, tokens: int, **values: float) -> dict[str, float]:
+        """Count a step's tokens and return its line of metrics; call it once a step."""
+        now, before = time.monotonic(), self._last
+        self._last = now
+        self.tokens, self._new_tokens = self.tokens + tokens, self._new_tokens + tokens
+        speed = {"tokens_per_second": tokens / (now - before), "seconds": now - before}
+        return {"step": self.step, "epoch": self.epoch, **values, "tokens": tokens, **speed}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all ranks together, on average since this process began to train."""
+        return self._new_tokens / max(1e-9, self._last - self._began)
+
+    def state(self, loader: DataLoader) -> dict[str, Any]:
+        """All of a run but its model and optimizer, as a checkpoint's `extra_state`; every rank gets the same."""
+        return {
+            "progress": asdict(self),
+            "loader": gather(loader.state_dict()),
+            "rng": gather(torch.get_rng_state()),
+        }
+
+    def restore(self, state: Mapping[str, Any], loader: DataLoader) -> None:
+        """Go on where `state` was taken; a rank that was not there then keeps its random generator."""
+        self.__dict__.update(state["progress"])
+        loader.load_state_dict(state["loader"])
+        if rank() < len(state["rng"]):
+            torch.set_rng_state(state["rng"][rank()])
+
+
+class Display:
+    """A live bar on a terminal, some twenty plain lines elsewhere, nothing on ranks that do not show.
+
+    Args:
+        total: steps of the run.
+        done: steps made before it began.
+        shown: whether this rank shows anything.
+    """
+
+    def __init__(self, total: int, done: int, shown: bool) -> None:
+        self._total, self._done, self._shown = total, done, shown
+        self._started = time.monotonic()
+        self._bar: Any = None
+        if shown and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Bar(*columns)
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._shown:
+            print(text, flush=True)
+
+    def step(self, line: Mapping[str, float]) -> None:
+        """Show a step by its line of metrics."""
+        step = int(line["step"])
+        text = f"loss {line['loss']:.4f}  lr {line['lr']:.1e}  {line['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step % max(1, self._total // 20) == 0 or step in (self._done + 1, self._total):
+            left = (time.monotonic() - self._started) / (step - self._done) * (self._total - step)
+            self.say(f"step {step}/{self._total}  {text}  {timedelta(seconds=round(left))} left")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def count_tokens(micro_batches: Sequence[Batch]) -> int:
+    """Tokens of this rank's micro-batches, without padding."""
+    return sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in micro_batches)

@@ -1,0 +1,68 @@
+"""The folder of a run: its metrics, and what happens when there is one already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+def open_run_folder(folder: Path, *, resume: bool) -> None:
+    """Make the folder of a run. One that holds an earlier run is moved aside (`name.1`, `name.2`, ...) unless resuming."""
+    if not resume and (folder / METRICS).exists():
+        aside = next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
+        folder.rename(aside)
+        print(f"{folder} held an earlier run, which is now {aside}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a step. A line that a killed run left after the resumed step is dropped."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Keep what was written up to `step`, and go on behind it."""
+        path = folder / METRICS
+        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, float]) -> None:
+        """Add a line; it is out of this process when this returns."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run so far; a last line that was cut off is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """A JSON file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def say_goodbye(folder: Path, summary: Mapping[str, float]) -> None:
+    """The last lines of a run: how good it became, how long it took, where to look and what to try."""
+    scores = {k.removesuffix("_accuracy"): v for k, v in summary.items() if k.endswith("_accuracy")}
+    if scores:
+        print("right answers on held-out data: " + ", ".join(f"{v:.1%} {k.replace('_', ' ')}" for k, v in scores.items()))
+    print(
+        f"{summary['seconds']:.0f} s in all: {summary['startup_seconds']:.0f} s to start, {summary['training_seconds']:.0f} s "
+        f"for {summary['steps']} steps at {summary['tokens_per_second']:,.0f} tokens/s"
+    )
+    print(f"pictures: {', '.join(str(p) for p in sorted(folder.glob('*.png')))}; model: {folder / 'hf_ckpt'}")
+    if scores:
+        print('ask it about a picture of your own: hatch run ask PICTURE "Which digit is this?"', flush=True)

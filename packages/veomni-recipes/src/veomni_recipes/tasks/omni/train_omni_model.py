@@ -1,0 +1,216 @@
+"""Train an omni model: an encoder of pictures before a language model, on conversations about pictures.
+
+    torchrun --nproc-per-node 2 -m veomni_recipes.tasks.omni.train_omni_model run.yaml --train.lr 1e-4
+
+Read it from top to bottom: what it calls is a function of one of the five libraries or of a small module of this
+package. To change something, copy the file (it runs from anywhere) and change it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+
+import torch
+from veomni_ckpt import CheckpointError, CheckpointManager, export_hf
+from veomni_config import ConfigError, OmniRecipeConfig, dump_config, parse_args
+from veomni_data import (
+    DataError,
+    PackingCollator,
+    PaddingCollator,
+    build_dataloader,
+    build_dataset,
+    encode_multimodal_sample,
+    get_chat_template,
+    multimodal_prompt,
+    slice_for_sequence_parallel,
+)
+from veomni_models import ModelError, build_omni_model, build_omni_processor, initialize_weights, plan_for
+from veomni_parallel import (
+    ParallelPlan,
+    build_parallelize_model,
+    clip_grad_norm_,
+    count_targets,
+    global_sum,
+    gradient_sync,
+    init_parallel_state,
+    loss_scale,
+)
+
+from veomni_recipes.charts import draw_answers, draw_loss
+from veomni_recipes.distributed import barrier, gather, init_distributed, rank, to_device, world_size
+from veomni_recipes.evaluation import accuracies, answer_held_out
+from veomni_recipes.launch import ends_with_one_sentence, seconds_since_launch
+from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
+from veomni_recipes.progress import Display, Progress, count_tokens
+from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json
+from veomni_recipes.supported import refuse_without_effect
+from veomni_recipes.weights import freeze_parts, load_parts
+
+
+@ends_with_one_sentence(ConfigError, DataError, ModelError, CheckpointError)
+def main(argv: list[str] | None = None) -> None:
+    """Train, export, and answer the held-out questions."""
+    cfg = parse_args(OmniRecipeConfig, argv)
+    refuse_without_effect(cfg)
+    device = init_distributed(cfg.train.seed)
+    plan = cfg.batch_plan(world_size())
+    state = init_parallel_state(plan.dp_replicate, plan.dp_shard, cfg.train.ulysses_parallel_size, device.type)
+
+    # data: conversations -> samples -> the packed micro-batches of one optimizer step
+    processor = build_omni_processor(cfg.model.tokenizer_path, encoders=cfg.model.encoders)
+    template = get_chat_template(cfg.data.chat_template, processor.tokenizer)
+    columns = {"text_keys": cfg.data.text_keys, "image_keys": cfg.data.image_keys}
+    encode = partial(
+        encode_multimodal_sample,
+        processor=processor,
+        template=template,
+        max_seq_len=cfg.data.max_seq_len,
+        **columns,
+    )
+    packed = cfg.train.rmpad or cfg.train.rmpad_with_pos_ids
+    pad_token_id = processor.tokenizer.pad_token_id
+    loader = build_dataloader(
+        build_dataset(cfg.data.train_path, transform=encode),
+        dp_rank=state.dp.get_local_rank(),
+        dp_size=state.dp.size(),
+        micro_batch_size=cfg.train.micro_batch_size,
+        global_batch_size=plan.global_batch_size,
+        max_seq_len=cfg.data.max_seq_len,
+        packing=cfg.train.dyn_bsz,
+        buffer_size=cfg.train.dyn_bsz_buffer_size,
+        num_workers=cfg.data.num_workers,
+        prefetch_factor=cfg.data.prefetch_factor,
+        collate=PackingCollator(pad_token_id) if packed else PaddingCollator(pad_token_id),
+        seed=cfg.train.seed,
+        drop_last=cfg.data.drop_last,
+        group=state.dp.get_group(),
+    )
+    held_out = None
+    if cfg.data.eval_path is not None:
+        prompt = partial(multimodal_prompt, image_token=processor.image_token, template=template, **columns)
+        held_out = build_dataset(cfg.data.eval_path, transform=prompt)
+
+    # model: meta -> sharded -> weights, so that no rank ever holds all of it
+    model = build_omni_model(
+        cfg.model.config_path,
+        weights_path=cfg.model.model_path,
+        foundation=cfg.model.foundation,
+        encoders=cfg.model.encoders,
+        vocab_size=len(processor.tokenizer),
+        image_token_id=processor.image_token_id,
+        attn_implementation=cfg.model.attn_implementation,
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    freeze_parts(model, cfg.train)
+    if cfg.train.init_device != "meta":
+        initialize_weights(model, cfg.train.seed, device)
+        load_parts(model, cfg.model)
+    model = build_parallelize_model(
+        model,
+        state,
+        mode=cfg.train.data_parallel_mode,
+        plan=ParallelPlan(**plan_for(model)),
+        mixed_precision="bf16" if cfg.train.enable_mixed_precision else None,
+        reshard_after_forward=cfg.train.enable_full_shard,
+        activation_checkpointing="full" if cfg.train.enable_gradient_checkpointing else None,
+        forward_prefetch=cfg.train.enable_forward_prefetch,
+    )
+    if cfg.train.init_device == "meta":
+        initialize_weights(model, cfg.train.seed, device)
+        load_parts(model, cfg.model)
+
+    optimizer = build_optimizer(
+        model,
+        lr=cfg.train.lr,
+        weight_decay=cfg.train.weight_decay,
+        no_decay_modules=cfg.train.no_decay_modules,
+        no_decay_params=cfg.train.no_decay_params,
+    )
+
+    # the run folder: a run that goes on finds its place in it
+    folder, first, resume_from = cfg.train.output_dir, rank() == 0, cfg.train.load_checkpoint_path
+    if first:
+        open_run_folder(folder, resume=resume_from is not None)
+        dump_config(cfg, folder / "config.yaml")
+    barrier()
+    checkpoints = CheckpointManager(folder / "checkpoints", async_save=cfg.train.save_async)
+    progress = Progress()
+    if resume_from is not None:
+        saved = checkpoints.load(resume_from, model, optimizer)
+        if saved is not None:
+            progress.restore(saved, loader)
+    metrics = Metrics(folder, progress.step) if first else None
+    display = Display(plan.total_steps, progress.step, shown=first)
+    display.say(f"{parameters:,} parameters; {state.describe()}")
+    display.say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank")
+    startup = seconds_since_launch()
+
+    while progress.epoch < cfg.train.num_train_epochs:
+        for micro_batches in progress.steps(loader, plan.steps_per_epoch):
+            lr = learning_rate(progress.step, plan.total_steps, cfg.train)
+            set_learning_rate(optimizer, lr)
+
+            # the loss is the sum over target tokens divided by those of the whole step, over all ranks
+            targets = global_sum(count_targets(micro_batches), state.dp)
+            loss = torch.zeros((), device=device)
+            for i, batch in enumerate(micro_batches):
+                batch = slice_for_sequence_parallel(
+                    to_device(batch, device), state.sp.get_local_rank(), state.sp.size(), pad_token_id=pad_token_id
+                )
+                with gradient_sync(model, enabled=i == len(micro_batches) - 1):
+                    part = model(**batch, num_items_in_batch=targets, use_cache=False).loss
+                    (part * loss_scale(state)).backward()
+                loss += part.detach()
+            grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            line = progress.measure(
+                tokens=global_sum(count_tokens(micro_batches), state.dp),
+                targets=targets,
+                loss=global_sum(loss, state.loss).item(),
+                grad_norm=grad_norm.item(),
+                lr=lr,
+            )
+            display.step(line)
+            if metrics is not None:
+                metrics.write(line)
+            if cfg.train.save_steps and progress.step % cfg.train.save_steps == 0:
+                checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+        progress.end_epoch(loader)
+        if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
+            checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+    checkpoints.close()
+    display.close()
+    trained = seconds_since_launch()
+
+    # the end: a Hugging Face folder, and what the model in it answers
+    exported, scores = folder / "hf_ckpt", {}
+    if cfg.train.save_hf_weights:
+        export_hf(model, exported, assets=[processor])
+    if held_out is not None:
+        own = range(rank(), len(held_out), world_size())
+        answers = sorted(chain(*gather(answer_held_out(exported, held_out, own))))
+        scores = accuracies(answers)
+        if first:
+            draw_answers(answers, held_out, folder / "predictions.png", scores)
+    if first:
+        draw_loss(read_metrics(folder), folder / "loss.png")
+        summary = {
+            **scores,
+            "seconds": seconds_since_launch(),
+            "startup_seconds": startup,
+            "training_seconds": trained - startup,
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "tokens_per_second": progress.tokens_per_second,
+            "parameters": parameters,
+            "world_size": world_size(),
+        }
+        write_json(folder / "summary.json", summary)
+        say_goodbye(folder, summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Which parts of an omni model learn, and which start from weights that somebody trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from veomni_ckpt import load_pretrained
+from veomni_config import ModelConfig, OmniTrainConfig
+from veomni_models import OmniConfig, OmniModel
+
+
+def freeze_parts(model: OmniModel, train: OmniTrainConfig) -> None:
+    """Parts that the configuration freezes keep their weights."""
+    if train.freeze_foundation:
+        model.foundation.requires_grad_(False)
+    if train.freeze_encoder or train.freeze_encoder_all:
+        model.encoders.requires_grad_(False)
+    if train.freeze_encoder_all:
+        model.projectors.requires_grad_(False)
+
+
+def load_parts(model: OmniModel, cfg: ModelConfig) -> None:
+    """Fill the parts for which the configuration names a `model_path`: the whole model, its foundation, its encoders."""
+    if cfg.model_path is not None:
+        kind = json.loads((Path(cfg.model_path) / "config.json").read_text(encoding="utf-8")).get("model_type")
+        load_pretrained(model if kind == OmniConfig.model_type else model.foundation, cfg.model_path)
+    for modality, encoder in cfg.encoders.items():
+        if encoder.get("model_path"):
+            load_pretrained(model.encoders[modality], encoder["model_path"])
