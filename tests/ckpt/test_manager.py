@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from veomni_ckpt import CheckpointError, CheckpointManager
@@ -59,7 +59,8 @@ def wrap(model: nn.Module, layout: str) -> nn.Module:
         shape = (2, dist.get_world_size() // 2) if layout == "hsdp" else (dist.get_world_size(),)
         names = ("replicate", "shard") if layout == "hsdp" else ("shard",)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        fully_shard(model.low, mesh=mesh)  # a group gathers one dtype
+        if isinstance(model, Net):
+            fully_shard(model.low, mesh=mesh)  # a group gathers one dtype
         fully_shard(model, mesh=mesh)
     if layout == "compile":
         return torch.compile(model, backend="eager")
@@ -69,11 +70,9 @@ def wrap(model: nn.Module, layout: str) -> nn.Module:
 def build(layout: str, seed: int, net: type[nn.Module] = Net) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = wrap(net(), layout)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    if layout.startswith("fsdp1"):  # flattened parameters have lost their dimensions
-        decay, rest = list(model.parameters()), []
-    groups = [{"params": decay, "weight_decay": 0.1}] + ([{"params": rest, "weight_decay": 0.0}] if rest else [])
+    decay = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith("weight")]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     return model, torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95))
 
 
@@ -92,11 +91,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """All that must come back, as whole tensors by original name (not for FSDP1, whose tensors are flat shards)."""
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        state = [{k: whole(v) for k, v in values.items()} for values in optimizer.state.values()]
-        tensors = [whole(parameter) for parameter in model.parameters()]
-        return {"model": tensors, "state": state, "groups": hyperparameters(optimizer)}
+    """All that must come back, by original name: whole tensors, but this rank's flat shards for FSDP1."""
     names = {id(tensor): name for name, tensor in named_tensors(model)}
     return {
         "model": {name: whole(tensor) for name, tensor in named_tensors(model)},
@@ -157,3 +152,301 @@ def test_a_round_trip_is_bitwise_on_two_ranks(two_ranks: Ranks, tmp_path: Path, 
 @pytest.mark.parametrize("layout", ["plain", "compile"])
 def test_a_round_trip_is_bitwise_without_a_process_group(tmp_path: Path, layout: str, async_save: bool) -> None:
     round_trip(tmp_path, layout, async_save)
+
+
+def save_trained(folder: Path, layout: str, steps: int, net: type[nn.Module] = PlainNet) -> dict[str, Any]:
+    model, optimizer = build(layout, seed=0, net=net)
+    train(model, optimizer, steps)
+    CheckpointManager(folder).save(steps, model, optimizer)
+    return contents(model, optimizer)
+
+
+def load_into(folder: Path, layout: str, steps_before: int = 0, net: type[nn.Module] = PlainNet) -> dict[str, Any]:
+    """Load, save again as the step after (so that the next layout reads what this one wrote), and tell what it got."""
+    model, optimizer = build(layout, seed=1, net=net)
+    train(model, optimizer, steps_before)
+    manager = CheckpointManager(folder)
+    manager.load("auto", model, optimizer)
+    manager.save((manager.latest() or 0) + 1, model, optimizer)
+    return contents(model, optimizer)
+
+
+def test_a_checkpoint_of_two_ranks_goes_to_one_and_to_four(two_ranks: Ranks, four_ranks: Ranks, tmp_path: Path) -> None:
+    written = two_ranks.run(save_trained, tmp_path, "fsdp2", 2, Net)[0]
+    assert_same(load_into(tmp_path, "plain", net=Net), written)
+    for layout in ("fsdp2", "hsdp"):
+        for loaded in four_ranks.run(load_into, tmp_path, layout, 0, Net):
+            assert_same(loaded, written)
+
+
+def test_every_layout_reads_every_other(two_ranks: Ranks, tmp_path: Path) -> None:
+    written = save_trained(tmp_path, "plain", 2)
+    for layout in ("ddp", "fsdp1", "fsdp2", "fsdp1_mesh", "ddp"):
+        loaded = two_ranks.run(load_into, tmp_path, layout, 1)[0]
+        if layout.startswith("fsdp1"):  # what it holds is in flat shards: what it wrote is read by the next
+            assert_same(loaded["groups"], written["groups"])
+        else:
+            assert_same(loaded, written)
+
+
+def snapshot_of_fresh(folder: Path, layout: str) -> tuple[bool, bool, dict[str, Any]]:
+    """Save an optimizer that has not stepped; load it into one that has and into one that has not."""
+    model, optimizer = build(layout, seed=0, net=PlainNet)
+    manager = CheckpointManager(folder)
+    manager.save(0, model, optimizer)
+    untouched = not optimizer.state
+    stepped_model, stepped = build(layout, seed=1, net=PlainNet)
+    train(stepped_model, stepped, 1)
+    manager.load(0, stepped_model, stepped)
+    return untouched, not stepped.state, hyperparameters(stepped)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_optimizer_that_has_not_stepped_is_saved_as_such(two_ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    for untouched, emptied, group in two_ranks.run(snapshot_of_fresh, tmp_path, layout):
+        assert untouched
+        assert emptied
+        assert group["lr"] == 0.01
+
+
+def make(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    return build("plain", seed, net=PlainNet)
+
+
+def three_checkpoints(folder: Path, **options: Any) -> CheckpointManager:
+    model, optimizer = make()
+    manager = CheckpointManager(folder, **options)
+    for step in (1, 2, 10):
+        train(model, optimizer, 1)
+        manager.save(step, model, optimizer, {"step": step})
+    return manager
+
+
+def test_no_checkpoint_at_all_is_none(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path / "none")
+    assert manager.latest() is None
+    assert manager.load("auto", *make()) is None
+
+
+def test_an_explicit_checkpoint_must_be_there(tmp_path: Path) -> None:
+    manager = three_checkpoints(tmp_path)
+    for which in (3, tmp_path / "global_step_3", str(tmp_path / "elsewhere")):
+        with pytest.raises(CheckpointError, match=r"there is no checkpoint .*(global_step_3|elsewhere)"):
+            manager.load(which, *make())
+    assert manager.load(2, *make()) == manager.load(tmp_path / "global_step_2", *make()) == {"step": 2}
+
+
+FILES = [".metadata", "__0_0.distcp", "extra_state.json", "extra_state.safetensors", "optimizer.json"]
+
+
+@pytest.mark.parametrize("fault", ["truncated", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: str, fault: str) -> None:
+    manager = three_checkpoints(tmp_path)
+    path = tmp_path / "global_step_10" / name
+    data = path.read_bytes()
+    path.unlink()
+    if fault == "truncated":
+        path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.warns(UserWarning, match="global_step_10.*the checkpoint before it is taken"):
+        assert manager.load("auto", *make()) == {"step": 2}
+    with pytest.raises(CheckpointError, match="global_step_10"):
+        manager.load(10, *make())
+
+
+def test_bytes_spoilt_within_the_right_length_give_way_too(tmp_path: Path) -> None:
+    manager = three_checkpoints(tmp_path)
+    path = tmp_path / "global_step_10" / "__0_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.warns(UserWarning, match="global_step_10 cannot be read"):
+        assert manager.load("auto", *make()) == {"step": 2}
+
+
+def test_if_all_are_damaged_the_run_does_not_start_over(tmp_path: Path) -> None:
+    manager = three_checkpoints(tmp_path)
+    for step in (1, 2, 10):
+        (tmp_path / f"global_step_{step}" / ".metadata").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CheckpointError, match=r"global_step_10.*global_step_2.*global_step_1"):
+            manager.load("auto", *make())
+
+
+def test_keep_last_keeps_the_newest_and_the_one_just_saved(tmp_path: Path) -> None:
+    manager = three_checkpoints(tmp_path, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_10", "global_step_2"]
+    manager.save(3, *make())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_10", "global_step_3"]
+    with pytest.raises(ValueError, match="keep_last=0"):
+        CheckpointManager(tmp_path, keep_last=0)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    manager = three_checkpoints(tmp_path)
+    manager.save(10, *make(5), {"step": "again"})
+    assert manager.load(10, *make()) == {"step": "again"}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_leftovers_of_a_killed_run_are_tidied_and_nothing_else(tmp_path: Path) -> None:
+    manager = three_checkpoints(tmp_path)
+    (tmp_path / "global_step_10").rename(tmp_path / ".global_step_10.replaced")  # killed between two renames
+    (tmp_path / ".global_step_11.partial").mkdir()
+    (tmp_path / ".global_step_1.removed").mkdir()
+    (tmp_path / ".mine.partial").mkdir()
+    assert manager.load("auto", *make()) == {"step": 10}
+    manager.save(12, *make())
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".mine.partial", "global_step_1", "global_step_10", "global_step_12", "global_step_2"]
+
+
+def test_extra_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    extra = {
+        "none": None,
+        "nested": [{"a": (1, (2.5, [True])), "": "ü"}, float("inf"), 10**30, 0.1 + 0.2],
+        "rng": torch.get_rng_state(),
+        "list": [torch.arange(6, dtype=torch.int16).view(2, 3).t(), torch.tensor(1.5, dtype=torch.bfloat16)],
+    }
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, *make(), extra)
+    assert_same(manager.load(1, *make()), extra)
+    manager.save(2, *make())
+    assert manager.load(2, *make()) is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"loader": [{"rng": {1, 2}}]}, r"extra_state\['loader'\]\[0\]\['rng'\] is a set"),
+        ({"epochs": {1: "one"}}, r"extra_state\['epochs'\] has the key 1, a int: keys must be strings"),
+    ],
+)
+def test_extra_state_of_another_kind_is_named(tmp_path: Path, extra: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointManager(tmp_path).save(1, *make(), extra)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_does_not_fit_says_what_differs(tmp_path: Path) -> None:
+    manager = three_checkpoints(tmp_path)
+    model, optimizer = make()
+    wider, extended = PlainNet(), PlainNet()
+    wider.out = nn.Linear(5, 4)
+    extended.add_module("more", nn.Linear(1, 1))
+    cases: list[tuple[nn.Module, str]] = [
+        (wider, r"out.weight is \[3, 5\] in the checkpoint and \[4, 5\] in the model"),
+        (PlainNet().bfloat16(), "module.weight is torch.float32 in the checkpoint and torch.bfloat16 in the model"),
+        (extended, "it has no more.weight, more.bias, which the model has"),
+        (PlainNet().module, "it has no weight, bias, which the model has"),
+        (PlainNet().to("meta"), "meta device"),
+    ]
+    for other, message in cases:
+        with pytest.raises(CheckpointError, match=f"global_step_10 does not fit: .*{message}"):
+            manager.load("auto", other)
+    manager.save(11, model)
+    with pytest.raises(CheckpointError, match="saved without an optimizer"):
+        manager.load(11, model, optimizer)
+    with pytest.raises(CheckpointError, match="make the optimizer after the model is sharded"):
+        manager.save(12, PlainNet(), optimizer)
+
+
+def test_hyperparameters_find_their_parameters_in_another_grouping(tmp_path: Path) -> None:
+    three_checkpoints(tmp_path)
+    model, _ = make(1)
+    one_each = torch.optim.AdamW([{"params": [p]} for p in model.parameters()])
+    CheckpointManager(tmp_path).load(10, model, one_each)
+    assert [group["weight_decay"] for group in one_each.param_groups] == [0.1, 0.0, 0.1, 0.0]
+    mixed = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError, match="mixes parameters that were saved with different 'weight_decay'"):
+        CheckpointManager(tmp_path).load(10, model, mixed)
+
+
+def test_a_state_of_another_dtype_or_shape_than_its_parameter_is_kept(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.5))
+    optimizer.state[model.weight] = {"master": torch.rand(2, 3), "factor": torch.rand(2, 1), "count": 7}
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, model, optimizer)
+    other = nn.Linear(3, 2, dtype=torch.bfloat16)
+    fresh = torch.optim.SGD(other.parameters(), lr=torch.tensor(0.1))
+    manager.load(1, other, fresh)
+    assert_same(dict(fresh.state[other.weight]), dict(optimizer.state[model.weight]))
+    assert other.bias not in fresh.state
+    assert_same(hyperparameters(fresh), hyperparameters(optimizer))
+
+
+def save_with_full_disk(folder: Path, full_rank: int, async_save: bool) -> str:
+    """A file size limit stands for a full disk: it stops the rank amid its files as ENOSPC would."""
+    model, optimizer = build("fsdp2", 0, net=Net)
+    manager = CheckpointManager(folder, async_save=async_save)
+    manager.save(1, model, optimizer)
+    manager.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == full_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    message = ""
+    try:
+        manager.save(2, model, optimizer)
+        if async_save:
+            train(model, optimizer, 1)
+            manager.save(3, model, optimizer)
+    except CheckpointError as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    manager.save(4, model, optimizer)
+    manager.close()
+    return message
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("full_rank", [0, 1])
+def test_if_one_rank_cannot_write_all_raise_and_go_on(
+    two_ranks: Ranks, tmp_path: Path, full_rank: int, async_save: bool
+) -> None:
+    messages = two_ranks.run(save_with_full_disk, tmp_path, full_rank, async_save)
+    assert messages[0] == messages[1]
+    assert "global_step_2 was not saved: " in messages[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_1", "global_step_4"]
+
+
+def save_below_a_file(folder: Path) -> str:
+    try:
+        CheckpointManager(folder / "file" / "checkpoints").save(1, *make())
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence_on_every_rank(two_ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for message in two_ranks.run(save_below_a_file, tmp_path):
+        assert "global_step_1 was not saved: " in message
+        assert "NotADirectoryError" in message
+
+
+def test_an_asynchronous_save_copies_into_the_same_buffers(tmp_path: Path) -> None:
+    model, optimizer = make()
+    manager = CheckpointManager(tmp_path, async_save=True)
+    pointers = []
+    for step in (1, 2):
+        train(model, optimizer, 1)
+        manager.save(step, model, optimizer)
+        manager.wait()
+        staged = manager._staging.stage({"weight": model.out.weight.detach()}, None)  # type: ignore[union-attr]
+        pointers.append(staged["weight"].data_ptr())
+    assert pointers[0] == pointers[1]
+    manager.close()
+
+
+def test_names_are_the_authors(tmp_path: Path) -> None:
+    model, optimizer = build("compile", 0, net=PlainNet)
+    train(model, optimizer, 1)
+    CheckpointManager(tmp_path).save(1, model, optimizer)
+    from torch.distributed.checkpoint import FileSystemReader
+
+    names = set(FileSystemReader(tmp_path / "global_step_1").read_metadata().state_dict_metadata)
+    expected = {f"model.{name}" for name in unwrap(model).state_dict()}
+    for name, _ in PlainNet().named_parameters():
+        expected |= {f"optimizer.state.{name}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert names == expected

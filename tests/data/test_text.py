@@ -17,9 +17,9 @@ TURNS = [
     {"role": "user", "content": "What is their sum?"},
     {"role": "assistant", "content": "eight"},
     {"role": "user", "content": "there"},
-    {"role": "assistant", "content": "\n three,\nfive"},
+    {"role": "assistant", "content": " three,\nfive"},
 ]
-LEARNT = "eight<|im_end|>\n three,\nfive<|im_end|>"
+LEARNT = "eight<|im_end|> three,\nfive<|im_end|>"
 
 UNMARKED = """\
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
@@ -58,6 +58,13 @@ def test_only_assistant_turns_are_learnt_with_their_end_of_turn(tokenizer: Any) 
     )
 
 
+def test_a_token_that_begins_in_the_prompt_is_not_learnt(tokenizer: Any) -> None:
+    # the header ends in a line break, and two line breaks are one token
+    sample = sft(tokenizer, [*TURNS[:2], {"role": "assistant", "content": "\nfive"}])
+    assert "\n\n" in tokenizer.batch_decode(sample["input_ids"][:, None])
+    assert learnt(tokenizer, sample) == "five<|im_end|>"
+
+
 def test_a_template_without_generation_marks_gives_the_same_mask(tokenizer: Any) -> None:
     tokenizer.chat_template = UNMARKED
     marked, unmarked = sft(tokenizer), sft(tokenizer, template="default")
@@ -67,7 +74,7 @@ def test_a_template_without_generation_marks_gives_the_same_mask(tokenizer: Any)
 
 def test_turns_of_a_template_that_thinks_only_in_the_last_answer_are_found(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKING
-    expected = "eight<|im_end|><think>\n\n</think>\n\n\n three,\nfive<|im_end|>"
+    expected = "eight<|im_end|><think>\n\n</think>\n\n three,\nfive<|im_end|>"
     assert learnt(tokenizer, sft(tokenizer, template="default")) == expected
 
 
@@ -122,7 +129,7 @@ def test_text_parts_are_the_text_that_they_make(tokenizer: Any) -> None:
         ([{"role": "user", "content": [{"type": "smell"}]}], "message 1 .* neither text nor a list of parts"),
         ([{"role": "user", "content": [{"type": "image"}]}], "use encode_multimodal_sample"),
         (TURNS[:2], "nothing to learn"),
-        ([*TURNS, {"role": "assistant", "content": "five " * 400}], r"\d+ tokens, more than max_seq_len=512"),
+        ([*TURNS, {"role": "assistant", "content": "five " * 600}], r"\d+ tokens, more than max_seq_len=512"),
     ],
 )
 def test_a_conversation_that_cannot_be_learnt_is_named(tokenizer: Any, messages: Any, sentence: str) -> None:

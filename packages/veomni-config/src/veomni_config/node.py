@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -67,12 +66,3 @@ def nested(path: tuple[str, ...], node: Node) -> Node:
     for part in reversed(path):
         node = Node({part: node}, node.origin)
     return node
-
-
-def from_plain(value: Any, origin: Origin) -> Node:
-    """The tree of a plain Python value, all of it at `origin`."""
-    if isinstance(value, Mapping):
-        return Node({key: from_plain(item, origin) for key, item in value.items()}, origin)
-    if isinstance(value, list | tuple):
-        return Node([from_plain(item, origin) for item in value], origin)
-    return Node(value, origin)

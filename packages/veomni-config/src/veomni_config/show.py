@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from .parse import Resolved
 from .schema import find_key
-from .yaml_writer import plain_config, plain_value, to_yaml
+from .yaml_writer import key_to_yaml, plain_config, plain_value, to_yaml
 
 
 def show_config(resolved: Resolved[BaseModel]) -> str:
@@ -18,7 +18,7 @@ def show_config(resolved: Resolved[BaseModel]) -> str:
     def add(mapping: dict[Any, Any], path: tuple[Any, ...]) -> None:
         for name, value in mapping.items():
             here = (*path, name)
-            head = f"{'  ' * len(path)}{to_yaml(name, flow=True)}:"
+            head = f"{'  ' * len(path)}{key_to_yaml(name)}:"
             if isinstance(value, dict) and value:
                 rows.append((head, ""))
                 add(value, here)

@@ -49,6 +49,23 @@ def plain_value(value: Any) -> Any:
 
 def to_yaml(value: Any, *, flow: bool = False) -> str:
     """`value` as YAML text; `flow` puts it on one line."""
+    return _write(_escaped(value), flow)
+
+
+def key_to_yaml(key: Any) -> str:
+    """A key as YAML text; the reader looks for environment references in values alone."""
+    return _write(key, flow=True)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return escape_environment(value) if isinstance(value, str) else value
+
+
+def _write(value: Any, flow: bool) -> str:
     text = yaml.dump(
         value,
         Dumper=_Dumper,
@@ -61,22 +78,23 @@ def to_yaml(value: Any, *, flow: bool = False) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the reader would take for something else than text, and never uses aliases."""
+    """Quotes what a reader of YAML 1.1 or our own would take for something else than text, and never uses aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
     def represent_text(self, data: str) -> yaml.Node:
         style = None if data.isprintable() else '"'  # with escapes, so that line breaks stay what they are
-        return self.represent_scalar("tag:yaml.org,2002:str", escape_environment(data), style)
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
     def represent_number(self, data: float) -> yaml.Node:
         text = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(repr(data), repr(data))
+        if "." not in text:  # 1e-05 is text for readers of YAML 1.1
+            text = text.replace("e", ".0e")
         return self.represent_scalar("tag:yaml.org,2002:float", text)
 
 
-_Dumper.yaml_implicit_resolvers = {}
-for _tag, _pattern in (("null", NULL), ("bool", BOOL), ("int", INT), ("float", FLOAT), ("merge", re.compile("<<"))):
+for _tag, _pattern in (("null", NULL), ("bool", BOOL), ("int", INT), ("float", FLOAT)):
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern.pattern})\\Z"), None)
 _Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_representer(float, _Dumper.represent_number)

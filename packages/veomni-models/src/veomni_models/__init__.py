@@ -2,11 +2,11 @@
 
 from veomni_models.foundation import ModelError, build_foundation_model, build_tokenizer
 from veomni_models.initialization import initialize_weights
-from veomni_models.omni import OmniConfig, OmniModel, build_omni_model
+from veomni_models.omni import OmniConfig, OmniModel, build_omni_model, register_omni_model
 from veomni_models.omni_processor import OmniProcessor, build_omni_processor
 from veomni_models.plan import plan_for
 from veomni_models.projectors import MLPProjector
-from veomni_models.segment_attention import register_segment_attention, segment_attention
+from veomni_models.segment_attention import register_segment_attention
 
 __all__ = [
     "MLPProjector",
@@ -20,6 +20,6 @@ __all__ = [
     "build_tokenizer",
     "initialize_weights",
     "plan_for",
+    "register_omni_model",
     "register_segment_attention",
-    "segment_attention",
 ]

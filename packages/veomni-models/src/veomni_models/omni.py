@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from veomni_models.foundation import ModelError, attention_for, load_config
@@ -202,6 +211,16 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         if first or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         return inputs
+
+
+def register_omni_model() -> None:
+    """Let transformers' Auto classes load saved omni models and their processors. Repeating it is harmless."""
+    from veomni_models.omni_processor import OmniProcessor
+
+    AutoConfig.register(OmniConfig.model_type, OmniConfig, exist_ok=True)
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        auto.register(OmniConfig, OmniModel, exist_ok=True)
+    AutoProcessor.register(OmniConfig, OmniProcessor, exist_ok=True)
 
 
 def build_omni_model(

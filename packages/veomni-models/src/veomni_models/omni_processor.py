@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SiglipImageProcessor
 
 from veomni_models.foundation import ModelError, build_tokenizer
-from veomni_models.omni import _encoder_config, _is_omni, tokens_per_picture
+from veomni_models.omni import _encoder_config, _is_omni, register_omni_model, tokens_per_picture
 
 
 class OmniProcessor(ProcessorMixin):
@@ -35,6 +35,12 @@ class OmniProcessor(ProcessorMixin):
         self.tokens_per_image = tokens_per_image
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` wrote."""
+        register_omni_model()  # the tokenizer's loader looks up the model type of the folder
+        return super().from_pretrained(*args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """What stands in the text for picture `image_idx`."""

@@ -18,7 +18,7 @@ from veomni_parallel.ulysses import ulysses_attention
 NAME = "ulysses"
 """Name of the attention implementation in transformers' registries."""
 
-_POSITIONWISE_OR_KNOWN = {"full_attention", "sliding_attention"}
+_SLICEABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass
@@ -60,8 +60,8 @@ def apply_ulysses(model: nn.Module, mesh: Mesh) -> None:
     decoder: then `inputs_embeds` and `position_ids` are sliced there, and labels are expected sliced.
 
     Raises:
-        ValueError: the ranks do not divide the attention heads; a layer mixes tokens in another way than full or
-            sliding attention; or the model's attention cannot be exchanged.
+        ValueError: the ranks do not divide the attention heads, a layer mixes tokens in another way than by full or
+            sliding causal attention, or the model's attention cannot be exchanged.
         RuntimeError: at the end of the first forward, if an attention module did not call the registered function.
     """
     ranks = mesh.size()
@@ -69,21 +69,14 @@ def apply_ulysses(model: nn.Module, mesh: Mesh) -> None:
         return
     decoder = model.get_decoder()
     config, title = decoder.config, type(decoder).__name__
+    attention = _attention_modules(decoder)
     if config.num_attention_heads % ranks:
         raise ValueError(
             f"{config.num_attention_heads} attention heads (num_attention_heads of {title}) cannot be divided over"
             f" ulysses={ranks} ranks."
         )
-    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _POSITIONWISE_OR_KNOWN):
-        raise ValueError(f"{title} has layers of type {', '.join(unknown)}, which Ulysses cannot slice; use ulysses=1.")
-    attention = {
-        name: module
-        for name, module in decoder.named_modules()
-        if "Attention" in type(module).__name__
-        and not any("Attention" in type(inner).__name__ for inner in module.modules() if inner is not module)
-    }
-    if not attention:
-        raise ValueError(f"{title} has no attention module, so Ulysses has nothing to switch; use ulysses=1.")
+    if reason := _unsliceable(decoder, attention):
+        raise ValueError(f"Ulysses cannot slice the rows of {title}: {reason}; use ulysses=1.")
 
     inner = config._attn_implementation
     _register()
@@ -98,8 +91,8 @@ def apply_ulysses(model: nn.Module, mesh: Mesh) -> None:
     decoder.set_attn_implementation(NAME)
     if config._attn_implementation != NAME:
         raise ValueError(
-            f"The attention of {title} cannot be exchanged (it does not use transformers' AttentionInterface), so its"
-            " rows cannot be sliced; use ulysses=1."
+            f"Ulysses cannot slice the rows of {title}: its attention does not go through transformers'"
+            " AttentionInterface; use ulysses=1."
         )
     for module in attention.values():
         module.ulysses = link
@@ -119,6 +112,37 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for link in links.values():
             link.decoder.set_attn_implementation(NAME)
+
+
+def _attention_modules(decoder: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules that are attention by the name of their class."""
+
+    def is_attention(module: nn.Module) -> bool:
+        return "Attention" in type(module).__name__
+
+    return {
+        name: module
+        for name, module in decoder.named_modules()
+        if is_attention(module) and not any(is_attention(inner) for inner in module.modules() if inner is not module)
+    }
+
+
+def _unsliceable(decoder: nn.Module, attention: dict[str, nn.Module]) -> str | None:
+    """Why the rows of a decoder cannot be sliced, as far as its structure tells; None if nothing speaks against it."""
+    if not attention:
+        return "it has no attention module"
+    if getattr(decoder.config, "is_encoder_decoder", False):
+        return "it attends to an encoder"
+    if unknown := sorted(set(getattr(decoder.config, "layer_types", None) or ()) - _SLICEABLE_LAYERS):
+        return f"it has layers of type {', '.join(unknown)}"
+    if free := [name for name, module in attention.items() if not getattr(module, "is_causal", True)]:
+        return f"{free[0]} is not causal"
+    for name, layers in decoder.named_children():
+        if isinstance(layers, nn.ModuleList):
+            without = [i for i in range(len(layers)) if not any(a.startswith(f"{name}.{i}.") for a in attention)]
+            if 0 < len(without) < len(layers):
+                return f"{name}.{without[0]} has no attention module, unlike other layers"
+    return None
 
 
 def _register() -> None:
@@ -233,6 +257,11 @@ def _mask(link: _Link, module: nn.Module, q: torch.Tensor, kwargs: dict[str, Any
     if build is None:
         return None
     ends, window, length = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window"), q.shape[2]
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types and layer_types[module.layer_idx] == "sliding_attention" and window is None:
+        raise ValueError(
+            f"{type(module).__name__} does not tell its attention function the sliding window; use ulysses=1."
+        )
     if link.masks_of is not ends:
         link.masks_of, link.masks = ends, {}
     if (window, q.dtype) not in link.masks:

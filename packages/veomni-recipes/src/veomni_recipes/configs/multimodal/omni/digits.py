@@ -29,12 +29,6 @@ QUESTIONS = {
     "list": ["Which digits are these?", "What numbers do you see?", "Read the pictures from left to right."],
     "sum": ["What is their sum?", "Add the two digits.", "How much do they make together?"],
 }
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TRAINING_SAMPLES = 44_000
 COPIES = 7  # of each training picture
 
@@ -135,6 +129,7 @@ def train_tokenizer(data: Path, folder: Path) -> None:
     """A byte-level BPE tokenizer trained on the conversations, saved like any other, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+    from veomni_data import TEMPLATES
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
     with data.open(encoding="utf-8") as lines:
@@ -151,7 +146,7 @@ def train_tokenizer(data: Path, folder: Path) -> None:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=special[1:],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=TEMPLATES["chatml"],
     )
     fast.save_pretrained(folder)
 
