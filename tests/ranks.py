@@ -50,7 +50,7 @@ class Ranks:
         context = mp.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=False)
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -23,19 +23,20 @@ def save_for_ever(folder: Path, started: object, async_save: bool) -> None:
     torch.set_num_threads(1)
     model, optimizer = build()
     manager = CheckpointManager(folder, keep_last=2, async_save=async_save)
-    step = manager.latest() or 0
+    step = first = manager.latest() or 0
     model(torch.ones(1, 8)).sum().backward()
     optimizer.step()
     while True:
         step += 1
         with torch.no_grad():
-            for values in ([parameter] for parameter in model.parameters()):
-                values[0].fill_(step)
+            for parameter in model.parameters():
+                parameter.fill_(step)
             for state in optimizer.state.values():
                 for value in state.values():
                     value.fill_(step)
         manager.save(step, model, optimizer, {"step": step, "tensor": torch.full((3,), step)})
-        started.set()  # type: ignore[attr-defined]
+        if step == first + 2:  # the save before this one is whole, also if this one is only in flight
+            started.set()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("async_save", [False, True])

@@ -60,9 +60,9 @@ def test_only_assistant_turns_are_learnt_with_their_end_of_turn(tokenizer: Any) 
 
 def test_a_token_that_begins_in_the_prompt_is_not_learnt(tokenizer: Any) -> None:
     # the header ends in a line break, and two line breaks are one token
-    sample = sft(tokenizer, [*TURNS[:2], {"role": "assistant", "content": "\nfive"}])
+    sample = sft(tokenizer, [*TURNS[:2], {"role": "assistant", "content": "\n five"}])
     assert "\n\n" in tokenizer.batch_decode(sample["input_ids"][:, None])
-    assert learnt(tokenizer, sample) == "five<|im_end|>"
+    assert learnt(tokenizer, sample) == " five<|im_end|>"
 
 
 def test_a_template_without_generation_marks_gives_the_same_mask(tokenizer: Any) -> None:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 
-def test_the_snippet_of_the_readme_runs(capsys: object) -> None:
+def test_the_snippet_of_the_readme_trains_a_model() -> None:
     readme = Path(__file__).parents[2] / "packages" / "veomni-parallel" / "README.md"
     snippet = re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
     assert snippet is not None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def message_of(case: str) -> str:
     state = init_parallel_state(ulysses=2)
     try:
         if case == "heads":
-            apply_ulysses(build("llama", num_attention_heads=3, num_key_value_heads=3), state.sp)
+            apply_ulysses(build("llama", hidden_size=24, num_attention_heads=3, num_key_value_heads=3), state.sp)
         elif case == "bare heads":
             ulysses_attention(*[torch.zeros(1, 3, 2, 4)] * 3, state.sp.get_group(), attend)
         elif case == "other layers":
@@ -158,7 +159,7 @@ def kernels(inner: str) -> dict[str, Any]:
     ) -> tuple[torch.Tensor, None]:
         ends = kwargs["cu_seq_lens_q"].tolist()
         seen.append((attention_mask, query.shape[2], module.num_key_value_groups))
-        rows = [attend(*(x[:, :, a:b] for x in (query, key, value))) for a, b in zip(ends, ends[1:], strict=False)]
+        rows = [attend(*(x[:, :, a:b] for x in (query, key, value))) for a, b in pairwise(ends)]
         return torch.cat(rows, dim=2).transpose(1, 2), None
 
     transformers.AttentionInterface.register("segments_of_a_test", segments)

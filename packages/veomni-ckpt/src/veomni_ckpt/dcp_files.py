@@ -1,22 +1,20 @@
 """Reading the files of torch's distributed checkpoint (DCP) without letting them run anything.
 
 DCP's `.metadata` is a pickle and its readers unpickle it as it is: whoever wrote the file runs code in whoever loads
-it. Here it is read by an unpickler that knows only the classes DCP itself writes, and non-tensor items are read with
-`weights_only=True`.
+it. Here it is read by an unpickler that knows only the classes DCP itself writes. Items that are not tensors are
+pickles too; they are neither written nor read: `state_tree` keeps what is no tensor.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
 
 from veomni_ckpt.errors import DamagedCheckpointError
 
@@ -122,11 +120,3 @@ class SafeReader(FileSystemReader):
             self._metadata.storage_meta = StorageMeta()
         self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
-
-
-class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner for a flat state dict, which reads non-tensor items with `weights_only=True`."""
-
-    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        """Put a non-tensor item in its place, unless its pickle wants more than plain values."""
-        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)

@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from veomni_ckpt import optimizer_state, state_tree
 from veomni_ckpt.agreement import agree, is_distributed
-from veomni_ckpt.dcp_files import SafeLoadPlanner, SafeReader, read_metadata, verify_files
+from veomni_ckpt.dcp_files import SafeReader, read_metadata, verify_files
 from veomni_ckpt.durable import hidden_beside, publish, remove, restore_replaced, retire
 from veomni_ckpt.errors import CheckpointError, DamagedCheckpointError
 from veomni_ckpt.names import reshard, some
@@ -279,7 +279,12 @@ def _take_snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer
         raise CheckpointError(f"step must be an int of at least 0, not {step!r}")
     reshard(model)
     documents = {"extra_state": state_tree.encode(extra_state, "extra_state")}
-    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
+    tensors: dict[str, Any] = {"model": {}}
+    plain: dict[str, Any] = {}  # what modules keep with `get_extra_state`, unless it is a tensor
+    for name, value in get_model_state_dict(model).items():
+        (tensors["model"] if isinstance(value, torch.Tensor) else plain)[name] = value
+    if plain:
+        documents["model"] = state_tree.encode(plain, "model")
     if optimizer is not None:
         state, document = optimizer_state.collect(model, optimizer)
         tensors["optimizer"] = {"state": state}
@@ -293,6 +298,7 @@ def _load(
     reshard(model)
     failure: Exception | None = None
     metadata, extra_state, document = Metadata({}), None, None
+    plain: dict[str, Any] = {}
     try:
         if not folder.is_dir():
             raise DamagedCheckpointError(f"there is no checkpoint {folder}")
@@ -300,6 +306,8 @@ def _load(
         if _is_first(group):
             verify_files(folder, metadata)
         extra_state = state_tree.read(folder, "extra_state")
+        if (folder / "model.json").exists():
+            plain = state_tree.read(folder, "model")
         if (folder / "optimizer.json").exists() or _has_optimizer(metadata):
             document = state_tree.read(folder, "optimizer")
     except Exception as error:
@@ -311,7 +319,7 @@ def _load(
     groups: list[dict[str, Any]] = []
     try:
         model_state = get_model_state_dict(model)
-        _check_model(model_state, metadata)
+        _check_model(model_state, metadata, plain)
         if optimizer is not None:
             if document is None:
                 raise CheckpointError("it was saved without an optimizer: give none to load the weights alone")
@@ -326,7 +334,7 @@ def _load(
         failure = error
     agree(failure, group, context=f"{folder} does not fit: ")
 
-    flat = {f"model.{name}": value for name, value in model_state.items()}
+    flat = {f"model.{name}": value for name, value in model_state.items() if name not in plain}
     for name, values in optimizer_tensors.items():
         flat |= {f"optimizer.state.{name}.{key}": value for key, value in values.items()}
     try:
@@ -335,7 +343,6 @@ def _load(
             dcp.load(
                 flat,
                 storage_reader=SafeReader(folder, metadata),
-                planner=SafeLoadPlanner(),
                 process_group=group,
                 no_dist=group is None,
             )
@@ -345,7 +352,7 @@ def _load(
 
     if optimizer is not None and document is not None:
         optimizer_state.restore(model, optimizer, optimizer_tensors, document, groups)
-    set_model_state_dict(model, {name: flat[f"model.{name}"] for name in model_state})
+    set_model_state_dict(model, {name: plain[name] if name in plain else flat[f"model.{name}"] for name in model_state})
     return extra_state
 
 
@@ -353,28 +360,26 @@ def _has_optimizer(metadata: Metadata) -> bool:
     return any(name.startswith("optimizer.") for name in metadata.state_dict_metadata)
 
 
-def _check_model(model_state: dict[str, Any], metadata: Metadata) -> None:
+def _check_model(model_state: dict[str, Any], metadata: Metadata, plain: dict[str, Any]) -> None:
     """Names, shapes and dtypes must be the saved ones: what is loaded is bitwise what was saved."""
     prefix = "model."
     saved = {name[len(prefix) :]: md for name, md in metadata.state_dict_metadata.items() if name.startswith(prefix)}
+    saved |= plain
     if missing := [name for name in model_state if name not in saved]:
         raise CheckpointError(f"it has no {some(missing)}, which the model has")
     if unexpected := [name for name in saved if name not in model_state]:
         raise CheckpointError(f"it has {some(unexpected)}, which the model has not")
     for name, value in model_state.items():
         entry = saved[name]
-        if isinstance(value, torch.Tensor) != isinstance(entry, TensorStorageMetadata):
-            kind = "no tensor" if isinstance(entry, BytesStorageMetadata) else "a tensor"
-            raise CheckpointError(f"{name} was saved as {kind}")
         if not isinstance(value, torch.Tensor):
             continue
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{name} is no tensor in the checkpoint and a tensor in the model")
         if value.is_meta:
             raise CheckpointError(f"{name} of the model is on the meta device: call to_empty on the model first")
-        if value.size() != entry.size:
-            raise CheckpointError(
-                f"{name} is {list(entry.size)} in the checkpoint and {list(value.size())} in the model"
-            )
-        if value.dtype != entry.properties.dtype:
-            raise CheckpointError(
-                f"{name} is {entry.properties.dtype} in the checkpoint and {value.dtype} in the model"
-            )
+        there, here = list(entry.size), list(value.size())
+        if there != here:
+            raise CheckpointError(f"{name} is {there} in the checkpoint and {here} in the model")
+        there, here = entry.properties.dtype, value.dtype
+        if there != here:
+            raise CheckpointError(f"{name} is {there} in the checkpoint and {here} in the model")

@@ -5,7 +5,7 @@ from .data import DataConfig
 from .errors import ConfigError, Origin, Problem
 from .infer import InferConfig
 from .model import ModelConfig
-from .omni import OmniDataConfig, OmniRecipeConfig, OmniTrainConfig, VLRecipeConfig, VLTrainConfig
+from .omni import OmniDataConfig, OmniRecipeConfig, OmniTrainConfig, VLDataConfig, VLRecipeConfig, VLTrainConfig
 from .parse import ConfigWarning, parse_args
 from .recipe import InferRecipeConfig, RecipeConfig
 from .section import Section, rule
@@ -28,6 +28,7 @@ __all__ = [
     "RecipeConfig",
     "Section",
     "TrainConfig",
+    "VLDataConfig",
     "VLRecipeConfig",
     "VLTrainConfig",
     "dump_config",

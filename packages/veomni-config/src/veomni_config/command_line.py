@@ -42,7 +42,8 @@ def read_arguments(cls: type[BaseModel], argv: Sequence[str]) -> tuple[str | Non
             problems.append(Problem("", f"{argument!r} is no key; keys are written --section.key", _HERE))
             continue
         before = tree.find(path)
-        if key and key.path == path and is_list(key.field) and not isinstance(node.value, list | dict | None):
+        single = not (node.problem or isinstance(node.value, list | dict | None))
+        if key and key.path == path and is_list(key.field) and single:
             earlier = before.value if before and isinstance(before.value, list) else []
             node = Node([*earlier, node], _HERE)
         tree = merge(tree, nested(path, node))

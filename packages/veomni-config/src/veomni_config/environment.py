@@ -21,7 +21,8 @@ def substitute_environment(text: str) -> tuple[str, str | None]:
             return "${"
         name, default = match["name"], match["default"]
         if name is None:
-            right = f"${{env:{match['other'] or 'NAME'}}}"
+            other = match["other"]
+            right = f"${{env:{other if other and other != 'env' else 'NAME'}}}"
             problems.append(f"{text!r} holds '${{' without a reference: write {right}, or $${{ for the characters")
             return match[0]
         value = os.environ.get(name)

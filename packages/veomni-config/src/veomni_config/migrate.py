@@ -38,6 +38,9 @@ class _Entry:
     block: list[str] = field(default_factory=list)
     beside: str = ""
 
+    def is_empty(self) -> bool:
+        return not self.block and self.value in ("", "{}", "null", "~")
+
     def written_as(self, name: str) -> list[str]:
         head = " ".join(part for part in (f"{name}:", self.value) if part)
         head = f"{head}  {self.beside}" if self.beside else head
@@ -56,14 +59,17 @@ def migrate(text: str, file: str) -> Migration:
         return Migration(text, ())
     report: list[str] = []
     lines: dict[str, list[str]] = {name: [] for name in ("", *comments)}
-    originals = {entry.key for entry in entries if entry.key not in RENAMED}
+    originals = {entry.key for entry in entries if not (entry.key in RENAMED or entry.is_empty())}
+    renamed = {RENAMED[entry.key] for entry in entries if entry.key in RENAMED}
     written: set[str] = set()
     for entry in entries:
         place = f"{file}:{entry.line}: {entry.key}"
         target = RENAMED.get(entry.key, entry.key)
         section, _, name = target.rpartition(".")
         reason = why_dropped(entry.key)
-        if target in written or (target != entry.key and target in originals):
+        if entry.is_empty() and entry.key in renamed:
+            reason = "a renamed key takes its place"
+        elif target in written or (target != entry.key and target in originals):
             reason = f"{target} is given too"
         if reason:
             report.append(f"{place}: dropped: {reason}")

@@ -9,13 +9,18 @@ from .recipe import RecipeConfig
 from .train import TrainConfig
 
 
-class OmniDataConfig(DataConfig):
-    """Data of an omni model."""
+class VLDataConfig(DataConfig):
+    """Data of a vision-language model."""
 
-    max_image_nums: int | None = Field(None, ge=1, description="Pictures in a sample at most; null for no limit.")
     max_pixels: int = Field(
         768 * 28 * 28, ge=1, description="Pixels of a picture at most; a larger one is scaled down before it is read."
     )
+
+
+class OmniDataConfig(VLDataConfig):
+    """Data of an omni model."""
+
+    max_image_nums: int | None = Field(None, ge=1, description="Pictures in a sample at most; null for no limit.")
     max_pixel_size: int | None = Field(
         None, ge=1, description="Width and height of a picture at most, in pixels; null for no limit."
     )
@@ -60,4 +65,5 @@ class VLTrainConfig(TrainConfig):
 class VLRecipeConfig(RecipeConfig):
     """Configuration of the vision-language recipe."""
 
+    data: VLDataConfig
     train: VLTrainConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from types import FunctionType
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
@@ -43,10 +44,13 @@ class Section(BaseModel):
 
     def broken_rules(self, ignore: Collection[str] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
         """The keys and the sentence of each broken rule, without the rules that read a key of `ignore`."""
-        for name in dict.fromkeys(name for cls in reversed(type(self).__mro__) for name in vars(cls)):
-            keys = getattr(getattr(type(self), name, None), "rule_keys", None)
+        methods: dict[str, Any] = {}
+        for cls in reversed(type(self).__mro__):
+            methods |= vars(cls)
+        for method in methods.values():
+            keys = getattr(method, "rule_keys", None) if isinstance(method, FunctionType) else None
             if keys and not any(_touches(key, bad) for key in keys for bad in ignore):
-                sentence = getattr(self, name)()
+                sentence = method(self)
                 if sentence:
                     yield keys, sentence
 

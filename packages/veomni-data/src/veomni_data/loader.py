@@ -130,7 +130,8 @@ class DataLoader:
         self._group = group
         self._epoch = 0  # of the iteration that is under way, or of the next
         self._step = 0  # steps of it that are made
-        self._start: list[ShardState] | None = None  # of all shards, where the next iteration begins; None: anew
+        self._start: list[ShardState] | None = None  # of all shards, where that iteration begins; None: at the first
+        self._start_step = 0
         self._steps: int | None = None  # of the epoch, once counted
         self._shards: list[VirtualShard] | None = None  # of the iteration that is under way
         self._requests = _Requests()
@@ -161,13 +162,13 @@ class DataLoader:
             if self._shards is not shards:
                 raise RuntimeError("this iteration is over: the loader was iterated or set anew since it began")
             rows: list[list[Item] | None] = []
-            error: DataError | None = None
+            error: str | None = None  # not the exception: with its traceback it would keep this frame and the workers
             try:
                 for shard in shards:
                     self._requests.wanted = shard
                     rows.append(shard.next_row(wait))
             except DataError as broken:
-                error = broken
+                error = str(broken)
             if not self._goes_on(rows, error):
                 break
             self._step += 1
@@ -189,14 +190,14 @@ class DataLoader:
                 count_rows(lengths, order[state["shard"] :: size], state, self._max_seq_len, self._buffer_size)
                 for state in starts
             ]
-            self._steps = self._step + (min(rows) if self._drop_last else max(rows))
+            self._steps = self._start_step + (min(rows) if self._drop_last else max(rows))
         return self._steps
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch, from its beginning, unless a loaded state goes on within it."""
         if self._shards is None and epoch == self._epoch:
             return
-        self._epoch, self._step = epoch, 0
+        self._epoch, self._step, self._start_step = epoch, 0, 0
         self._start = self._steps = self._shards = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,7 +243,8 @@ class DataLoader:
                 f"the {len(states)} states hold {len(shards)} rows' parts of the epoch, not each of the "
                 f"{self.global_batch_size} once: give the states of all ranks that saved"
             )
-        self._epoch, self._step = states[0]["epoch"], states[0]["step"]
+        self._epoch = states[0]["epoch"]
+        self._step = self._start_step = states[0]["step"]
         self._start, self._steps, self._shards = shards, None, None
 
     def _begin(self) -> list[VirtualShard]:
@@ -261,13 +263,13 @@ class DataLoader:
         for shard in shards:
             shard.refill([_from_wire(next(arrivals))[1] for _ in shard.held_indices()])
 
-    def _goes_on(self, rows: list[list[Item] | None], error: DataError | None) -> bool:
+    def _goes_on(self, rows: list[list[Item] | None], error: str | None) -> bool:
         """Whether all ranks make this step; raises the DataError of whichever rank has met one."""
         there = error is None and (all(rows) if self._drop_last else any(rows))
         if self._group is not None:
             there = _agree(there, error, self._drop_last, self._group)
         elif error is not None:
-            raise error
+            raise DataError(error)
         elif len(self._numbers) < self.global_batch_size:
             there = self._step < len(self)
         return there
@@ -314,7 +316,7 @@ class _Examples:
             # an exception that leaves a worker arrives as one of many lines, a value as it is
             samples = _as_samples(self._dataset[index], index)
         except DataError as error:
-            return number, Example(index, error)
+            return number, Example(index, [], str(error))
         return number, Example(index, [_to_wire(s) for s in samples] if self._on_wire else samples)
 
 
@@ -342,10 +344,8 @@ def _to_wire(sample: Sample) -> Sample:
 
 def _from_wire(arrived: tuple[int, Example]) -> tuple[int, Example]:
     number, example = arrived
-    samples = example.samples
-    if isinstance(samples, DataError):
-        return arrived
-    return number, Example(example.position, [{key: _from_bytes(v) for key, v in s.items()} for s in samples])
+    samples = [{key: _from_bytes(value) for key, value in sample.items()} for sample in example.samples]
+    return number, example._replace(samples=samples)
 
 
 def _from_bytes(value: Any) -> Any:
@@ -364,7 +364,7 @@ def _is_list_of_samples(dataset: Any) -> bool:
     return isinstance(dataset, (list, tuple)) and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]
 
 
-def _agree(there: bool, error: DataError | None, drop_last: bool, group: Any) -> bool:
+def _agree(there: bool, error: str | None, drop_last: bool, group: Any) -> bool:
     """Whether every rank (`drop_last`) or any has rows; one small all-reduce. An error on a rank is raised on all."""
     vote = 2 if error is not None else int(there != drop_last)  # 1 = a rank that decides: it has none, or it has some
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
@@ -373,6 +373,6 @@ def _agree(there: bool, error: DataError | None, drop_last: bool, group: Any) ->
     highest = int(votes)
     if highest == 2:
         errors: list[str | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(errors, str(error) if error is not None else None, group=group)
-        raise error or DataError(next(text for text in errors if text is not None))
+        dist.all_gather_object(errors, error, group=group)
+        raise DataError(error or next(text for text in errors if text is not None))
     return (highest == 1) != drop_last

@@ -30,10 +30,11 @@ class Item(NamedTuple):
 
 
 class Example(NamedTuple):
-    """What dataset[position] gave: its samples, or why there is none."""
+    """What dataset[position] gave: its samples, or the message of the DataError that it raised."""
 
     position: int
-    samples: list[Sample] | DataError
+    samples: list[Sample]
+    error: str | None = None
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Order:
@@ -157,8 +158,8 @@ def count_rows(lengths: Sequence[int], order: Order, state: ShardState, capacity
 
 
 def _samples(example: Example) -> list[Sample]:
-    if isinstance(example.samples, DataError):
-        raise example.samples
+    if example.error is not None:
+        raise DataError(example.error)
     return example.samples
 
 

@@ -19,7 +19,7 @@ def checkpoint_activations(block: nn.Module) -> None:
     Raises:
         ValueError: at a forward in training that hands the block a key-value cache, which would be filled twice.
     """
-    forward = block.forward
+    forward, title = block.forward, type(block).__name__  # FSDP renames the class
 
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
@@ -27,7 +27,7 @@ def checkpoint_activations(block: nn.Module) -> None:
             return forward(*args, **kwargs)
         if kwargs.get("past_key_values") is not None:
             raise ValueError(
-                f"{type(block).__name__} is recomputed in backward (activation_checkpointing) and would fill its"
+                f"{title} is recomputed in backward (activation_checkpointing) and would fill its"
                 " key-value cache twice: call the model with use_cache=False."
             )
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)

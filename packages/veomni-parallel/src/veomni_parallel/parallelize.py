@@ -78,7 +78,7 @@ def build_parallelize_model(
     if mode == "fsdp1" and plan.no_shard:
         raise ValueError('ParallelPlan.no_shard is for mode="fsdp2"; mode="fsdp1" shards every parameter.')
 
-    units = find_shard_units(model, plan)
+    units, whole = find_shard_units(model, plan), find_whole_modules(model, plan)
     if state.sp.size() > 1:
         if hasattr(model, "get_decoder"):
             apply_ulysses(model, state.sp)
@@ -96,9 +96,7 @@ def build_parallelize_model(
         return _ddp(model, state)
     if mode == "fsdp1":
         return _fsdp1(model, state, units.values(), precision, reshard_after_forward, forward_prefetch)
-    return _fsdp2(
-        model, state, units, find_whole_modules(model, plan), precision, reshard_after_forward, forward_prefetch
-    )
+    return _fsdp2(model, state, units, whole, precision, reshard_after_forward, forward_prefetch)
 
 
 def _ddp(model: nn.Module, state: ParallelState) -> nn.Module:

@@ -100,6 +100,8 @@ def require_ulysses(model: nn.Module) -> None:
         RuntimeError: then, at the end of that forward: each rank would attend to its own slice only.
     """
 
+    title = type(model).__name__  # FSDP renames the class
+
     def watch(module: nn.Module, args: Any) -> None:
         if module.training:
             _calls.set([])
@@ -110,7 +112,7 @@ def require_ulysses(model: nn.Module) -> None:
         _calls.set(None)
         if not calls:
             raise RuntimeError(
-                f"Rows are sliced over Ulysses ranks, but {type(model).__name__} did not call ulysses_attention in its"
+                f"Rows are sliced over Ulysses ranks, but {title} did not call ulysses_attention in its"
                 " first step: every rank would attend to its own slice only. Call it in the model's attention, or use"
                 " ulysses=1."
             )

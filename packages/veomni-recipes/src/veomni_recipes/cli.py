@@ -55,3 +55,7 @@ def ask_model(run: Path, pictures: list[Path], question: str) -> int:
 
     print(answer())
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

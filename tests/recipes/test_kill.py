@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from veomni_recipes.run_folder import read_metrics
+
+STEPS = 30
+
+
+def start(arguments: list[str], folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    """A run on two ranks in a session of its own, so that all its processes can be killed at once."""
+    command = [sys.executable, "-m", "veomni_recipes.cli", "run", "train_omni_model", *arguments, *more]
+    options = [f"--train.output_dir={folder}", f"--train.max_steps={STEPS}", "--train.save_steps=4"]
+    env = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    log = folder.with_suffix(".log").open("ab")
+    return subprocess.Popen([*command, *options], stdout=log, stderr=log, env=env, start_new_session=True)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_goes_on_with_the_very_numbers_of_an_undisturbed_one(arguments: list[str], tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(arguments, whole).wait() == 0
+    random.seed()
+    for earliest, latest in ((1, 6), (8, 15), (16, 26)):
+        run = start(arguments, cut, "--train.load_checkpoint_path=auto")
+        kill_at, pause = random.randint(earliest, latest), random.uniform(0, 0.2)
+        print(f"SIGKILL {pause:.3f} s after step {kill_at}")  # shown if the test fails
+        while run.poll() is None and max([line["step"] for line in read_metrics(cut)], default=0) < kill_at:
+            time.sleep(0.02)
+        time.sleep(pause)  # anywhere in a step, or in a save
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    assert start(arguments, cut, "--train.load_checkpoint_path=auto").wait() == 0
+
+    def numbers(folder: Path) -> list[tuple[float, ...]]:
+        return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in read_metrics(folder)]
+
+    assert len(numbers(whole)) == STEPS
+    assert numbers(cut) == numbers(whole)
