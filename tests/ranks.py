@@ -61,7 +61,11 @@ class Ranks:
         """One answer of every rank; the group is ended (and started anew by the next run) if one fails or is late."""
         import time
 
-        end, waiting, results = time.monotonic() + timeout, dict(zip(self._pipes, range(self.world_size), strict=True)), {}
+        end, waiting, results = (
+            time.monotonic() + timeout,
+            dict(zip(self._pipes, range(self.world_size), strict=True)),
+            {},
+        )
         try:
             while waiting:
                 ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))

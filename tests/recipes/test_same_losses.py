@@ -114,7 +114,9 @@ def test_one_rank_has_the_losses_of_each_sample_alone(
 def test_two_ranks_have_the_losses_of_each_sample_alone(
     layout: str, arguments: list[str], true_losses: list[float], tmp_path: Path, two_ranks: Ranks
 ) -> None:
-    two_ranks.run(train, [*arguments, f"--train.output_dir={tmp_path}", f"--train.max_steps={STEPS}", *TWO_RANKS[layout]])
+    two_ranks.run(
+        train, [*arguments, f"--train.output_dir={tmp_path}", f"--train.max_steps={STEPS}", *TWO_RANKS[layout]]
+    )
     check(tmp_path, true_losses)
 
 

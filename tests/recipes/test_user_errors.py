@@ -58,6 +58,15 @@ def test_in_the_data_names_file_and_line(fault: str, arguments: list[str], digit
 
 
 def test_asking_without_a_model_or_a_picture(tmp_path: Path) -> None:
-    ask = [sys.executable, "-m", "veomni_recipes.cli", "ask", "nothing.png", "Which digit is this?", "--run", str(tmp_path)]
+    ask = [
+        sys.executable,
+        "-m",
+        "veomni_recipes.cli",
+        "ask",
+        "nothing.png",
+        "Which digit is this?",
+        "--run",
+        str(tmp_path),
+    ]
     done = subprocess.run(ask, capture_output=True, text=True)
     check(done, str(tmp_path), "holds no trained model")

@@ -30,7 +30,9 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] = {}) -> P
     keys = dict(overrides)
     if path is None:
         if "model_type" not in keys:
-            raise ModelError(f"no config folder was given, and the keys {sorted(keys)} have no model_type to start from")
+            raise ModelError(
+                f"no config folder was given, and the keys {sorted(keys)} have no model_type to start from"
+            )
         kind = keys.pop("model_type")
         try:
             return AutoConfig.for_model(kind, **keys)
@@ -43,8 +45,8 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] = {}) -> P
         raise ModelError(f"{path}/config.json cannot be read as a model config: {_sentence(error)}") from error
 
 
-def attention_for(attn_implementation: str) -> str:
-    """The kernel's name in transformers: `auto` is the flash kernel for packed rows on CUDA, the segment loop elsewhere."""
+def attention_for(attn_implementation: str | None) -> str | None:
+    """The kernel's name in transformers: `auto` is the flash kernel on CUDA, segments elsewhere; None stays None."""
     from transformers.utils import is_flash_attn_2_available
 
     if attn_implementation == "auto":
@@ -57,7 +59,7 @@ def build_foundation_model(
     weights_path: str | Path | None = None,
     *,
     torch_dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "auto",
+    attn_implementation: str | None = "auto",
     init_device: str = "meta",
     overrides: Mapping[str, Any] = {},
     seed: int = 0,

@@ -42,7 +42,7 @@ def initialize_weights(model: PreTrainedModel, seed: int, device: torch.device |
 
 
 def _visit(module: nn.Module, owner: PreTrainedModel) -> None:
-    """Children first, each by the nearest transformers model above it: the order of transformers' own initialization."""
+    """Children first, each by the nearest transformers model above it, in the order of transformers itself."""
     from transformers import PreTrainedModel
 
     nested = any(isinstance(m, FSDPModule) for m in module.modules() if m is not module)
@@ -61,10 +61,12 @@ def _whole_parameters(module: nn.Module, recurse: bool) -> Iterator[None]:
         for name, p in m.named_parameters(recurse=False)
         if isinstance(p, DTensor)
     ]
-    wholes = {}
+    wholes: dict[DTensor, nn.Parameter] = {}
     for m, name, p in sharded:
         # a parameter that two modules share stays shared
-        whole = wholes.setdefault(p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad))
+        whole = wholes.setdefault(
+            p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
+        )
         setattr(m, name, whole)
     try:
         yield

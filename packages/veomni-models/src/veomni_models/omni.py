@@ -228,11 +228,11 @@ def build_omni_model(
     *,
     weights_path: str | Path | None = None,
     foundation: Mapping[str, Any] = {},
-    encoders: Mapping[str, Mapping[str, Any]] = {},
+    encoders: Mapping[Any, Mapping[str, Any]] = {},
     vocab_size: int,
     image_token_id: int,
     torch_dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "auto",
+    attn_implementation: str | None = "auto",
     init_device: str = "meta",
     seed: int = 0,
 ) -> OmniModel:

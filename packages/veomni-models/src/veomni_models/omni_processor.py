@@ -48,9 +48,9 @@ class OmniProcessor(ProcessorMixin):
 
 
 def build_omni_processor(
-    tokenizer_path: str | Path,
+    tokenizer_path: str | Path | None,
     *,
-    encoders: Mapping[str, Mapping[str, Any]] = {},
+    encoders: Mapping[Any, Mapping[str, Any]] = {},
     image_token: str = "<image>",
     chat_template: str | None = None,
 ) -> OmniProcessor:
@@ -66,11 +66,15 @@ def build_omni_processor(
     Raises:
         ModelError: a folder is missing, or there is no image encoder.
     """
+    if tokenizer_path is None:
+        raise ModelError("no tokenizer was given: set model.tokenizer_path to the folder of one")
     if _is_omni(tokenizer_path):
         return OmniProcessor.from_pretrained(tokenizer_path)
     tokenizer: PreTrainedTokenizerBase = build_tokenizer(tokenizer_path)
     if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_additional_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [image_token]}, replace_additional_special_tokens=False
+        )
     if "image" not in encoders:
         raise ModelError("model.encoders has no image: an omni processor needs an image encoder")
     encoder = _encoder_config("image", encoders["image"])

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def plan_for(model: nn.Module) -> dict[str, list[str]]:
-    """`shard_units`: class names of the blocks that transformers itself never splits, of this model and of its parts."""
+    """`shard_units`: class names of the blocks that transformers never splits, of this model and its parts."""
     names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
     present = {type(module).__name__ for module in model.modules()}
     return {"shard_units": sorted(names & present)}

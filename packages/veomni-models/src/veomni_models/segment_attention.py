@@ -8,6 +8,7 @@ causal. The segments come from `cu_seq_lens_q`, so samples stay apart even in mo
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,7 +99,9 @@ def _bounds(query: Tensor, cu_seq_lens: Tensor | None, position_ids: Tensor | No
     else:
         bounds = (0, length)
     if bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(f"cu_seq_lens_q must run from 0 to the row's {length} tokens, but runs from {bounds[0]} to {bounds[-1]}")
+        raise ValueError(
+            f"cu_seq_lens_q must run from 0 to the row's {length} tokens, but runs from {bounds[0]} to {bounds[-1]}"
+        )
     return bounds
 
 
@@ -110,7 +113,7 @@ def _stacks(bounds: tuple[int, ...], device: torch.device) -> tuple[list[tuple[T
         For each stack the row positions [n * L] of its n segments (shorter ones repeat their last position up to the
         longest, L) with n; and for every token of the row its place [T] among the stacked positions.
     """
-    segments = sorted(((b - a, a) for a, b in zip(bounds, bounds[1:], strict=False)), reverse=True)
+    segments = sorted(((b - a, a) for a, b in pairwise(bounds)), reverse=True)
     groups: list[list[tuple[int, int]]] = []
     for length, start in segments:
         if not groups or length * _STACKING < groups[-1][0][0]:

@@ -80,7 +80,8 @@ def _side_by_side(images: Sequence[Image]) -> Any:
 
     height = max(image.height for image in images)
     arrays = [
-        np.asarray(image.convert("RGB").resize((round(image.width * height / image.height), height), 0)) for image in images
+        np.asarray(image.convert("RGB").resize((round(image.width * height / image.height), height), 0))
+        for image in images
     ]
     gap = np.full((height, max(1, height // 8), 3), 255, np.uint8)
     joined = [part for array in arrays for part in (array, gap)]

@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     ask = commands.add_parser("ask", help="show a trained model pictures and ask about them")
     ask.add_argument("picture", nargs="+", type=Path, help="files of pictures, in the order of the question")
     ask.add_argument("question", help="what to ask")
-    ask.add_argument("--run", type=Path, default=Path("outputs/digits"), help="run folder, or a folder that it exported")
+    ask.add_argument(
+        "--run", type=Path, default=Path("outputs/digits"), help="run folder, or a folder that it exported"
+    )
     args = parser.parse_args(argv)
     if args.command == "ask":
         return ask_model(args.run, args.picture, args.question)

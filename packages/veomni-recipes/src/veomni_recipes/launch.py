@@ -1,4 +1,4 @@
-"""Start a recipe on every device of this machine through torchrun, and pass on the one sentence of a run that failed."""
+"""Start a recipe on every device of this machine through torchrun, and pass on the one sentence of a failure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _LAUNCHED = "VEOMNI_LAUNCHED_AT"
 _IMPORTED = time.time()
 USER_ERROR = 2  # the exit code of a run that ended because of something the user can put right
@@ -40,7 +41,9 @@ def launch(script: str, arguments: Sequence[str]) -> int:
         run(parse_args([*_rendezvous(), "--nproc-per-node", processes, *program, *arguments]))
     except ChildFailedError as failed:
         # the rank that wrote why is the cause, whatever the others met when it went
-        rank, failure = min(failed.failures.items(), key=lambda x: (not Path(x[1].error_file).is_file(), x[1].timestamp))
+        rank, failure = min(
+            failed.failures.items(), key=lambda x: (not Path(x[1].error_file).is_file(), x[1].timestamp)
+        )
         if failure.exitcode == USER_ERROR:
             print(failure.message, file=sys.stderr)
         else:
@@ -68,7 +71,7 @@ def _devices() -> int:
 
 
 def seconds_since_launch() -> float:
-    """Since `launch` began, with all imports; or, in a script started in another way, since this module was imported."""
+    """Since `launch` began, with all imports; in a script started otherwise, since this module was imported."""
     return time.time() - float(os.environ.get(_LAUNCHED, _IMPORTED))
 
 

@@ -33,7 +33,8 @@ def build_optimizer(
         if type(module).__name__ in no_decay_modules
         for p in module.parameters(recurse=False)
     }
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             plain = id(p) in spared or any(part in name for part in no_decay_params)
@@ -45,7 +46,7 @@ def build_optimizer(
 def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
     """The learning rate of a step (from 1): linear warm-up, then `lr_decay_style` down to `lr_min`.
 
-    Warm-up takes `lr_warmup_ratio` of all steps, from `lr_start` to `lr`; the decay ends after `lr_decay_ratio` of them.
+    Warm-up takes `lr_warmup_ratio` of all steps, from `lr_start` to `lr`; decay ends after `lr_decay_ratio` of them.
     """
     warmup, end = round(total_steps * train.lr_warmup_ratio), round(total_steps * train.lr_decay_ratio)
     if step <= warmup:

@@ -127,4 +127,6 @@ class Display:
 
 def count_tokens(micro_batches: Sequence[Batch]) -> int:
     """Tokens of this rank's micro-batches, without padding."""
-    return sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in micro_batches)
+    return sum(
+        int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in micro_batches
+    )

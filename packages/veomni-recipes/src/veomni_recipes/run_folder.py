@@ -12,7 +12,7 @@ METRICS = "metrics.jsonl"
 
 
 def open_run_folder(folder: Path, *, resume: bool) -> None:
-    """Make the folder of a run. One that holds an earlier run is moved aside (`name.1`, `name.2`, ...) unless resuming."""
+    """Make the folder of a run; unless resuming, an earlier run in it is moved aside (`name.1`, `name.2`, ...)."""
     if not resume and (folder / METRICS).exists():
         aside = next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
         folder.rename(aside)
@@ -58,10 +58,13 @@ def say_goodbye(folder: Path, summary: Mapping[str, float]) -> None:
     """The last lines of a run: how good it became, how long it took, where to look and what to try."""
     scores = {k.removesuffix("_accuracy"): v for k, v in summary.items() if k.endswith("_accuracy")}
     if scores:
-        print("right answers on held-out data: " + ", ".join(f"{v:.1%} {k.replace('_', ' ')}" for k, v in scores.items()))
+        print(
+            "right answers on held-out data: " + ", ".join(f"{v:.1%} {k.replace('_', ' ')}" for k, v in scores.items())
+        )
     print(
-        f"{summary['seconds']:.0f} s in all: {summary['startup_seconds']:.0f} s to start, {summary['training_seconds']:.0f} s "
-        f"for {summary['steps']} steps at {summary['tokens_per_second']:,.0f} tokens/s"
+        f"{summary['seconds']:.0f} s in all: {summary['startup_seconds']:.0f} s to start, "
+        f"{summary['training_seconds']:.0f} s for {summary['steps']} steps "
+        f"at {summary['tokens_per_second']:,.0f} tokens/s"
     )
     print(f"pictures: {', '.join(str(p) for p in sorted(folder.glob('*.png')))}; model: {folder / 'hf_ckpt'}")
     if scores:

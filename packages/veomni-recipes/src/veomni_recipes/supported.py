@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from veomni_config import ConfigError, Problem, RecipeConfig
 
-
 _NOT_YET = (
     "data.datasets_type",
     "data.enable_multisource",
@@ -41,7 +40,9 @@ def refuse_without_effect(cfg: RecipeConfig) -> None:
             text = f"{getattr(values, name)!r} has no effect in this recipe yet; leave it at {default!r}"
             problems.append(Problem(key, text))
     if cfg.data.eval_path and not cfg.train.save_hf_weights:
-        text = "the held-out data are answered by the exported model: set train.save_hf_weights to true, or this to null"
+        text = (
+            "the held-out data are answered by the exported model: set train.save_hf_weights to true, or this to null"
+        )
         problems.append(Problem("data.eval_path", text))
     if problems:
         raise ConfigError(problems)

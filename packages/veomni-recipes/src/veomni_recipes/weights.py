@@ -21,7 +21,7 @@ def freeze_parts(model: OmniModel, train: OmniTrainConfig) -> None:
 
 
 def load_parts(model: OmniModel, cfg: ModelConfig) -> None:
-    """Fill the parts for which the configuration names a `model_path`: the whole model, its foundation, its encoders."""
+    """Fill the parts whose `model_path` the configuration names: the whole model or its foundation, and encoders."""
     if cfg.model_path is not None:
         kind = json.loads((Path(cfg.model_path) / "config.json").read_text(encoding="utf-8")).get("model_type")
         load_pretrained(model if kind == OmniConfig.model_type else model.foundation, cfg.model_path)

@@ -1,0 +1,1 @@
+"""The recipes: each a script that is read from top to bottom."""

@@ -1,0 +1,1 @@
+"""Recipes of omni and vision-language models."""

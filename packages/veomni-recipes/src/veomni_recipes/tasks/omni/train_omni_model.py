@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from veomni_ckpt import CheckpointError, CheckpointManager, export_hf
@@ -54,13 +55,12 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse_args(OmniRecipeConfig, argv)
     refuse_without_effect(cfg)
     device = init_distributed(cfg.train.seed)
-    plan = cfg.batch_plan(world_size())
-    state = init_parallel_state(plan.dp_replicate, plan.dp_shard, cfg.train.ulysses_parallel_size, device.type)
 
     # data: conversations -> samples -> the packed micro-batches of one optimizer step
-    processor = build_omni_processor(cfg.model.tokenizer_path, encoders=cfg.model.encoders)
+    encoders = cfg.model.encoders
+    processor = build_omni_processor(cfg.model.tokenizer_path, encoders=encoders)
     template = get_chat_template(cfg.data.chat_template, processor.tokenizer)
-    columns = {"text_keys": cfg.data.text_keys, "image_keys": cfg.data.image_keys}
+    columns: dict[str, Any] = {"text_keys": cfg.data.text_keys, "image_keys": cfg.data.image_keys}
     encode = partial(
         encode_multimodal_sample,
         processor=processor,
@@ -68,10 +68,19 @@ def main(argv: list[str] | None = None) -> None:
         max_seq_len=cfg.data.max_seq_len,
         **columns,
     )
-    packed = cfg.train.rmpad or cfg.train.rmpad_with_pos_ids
+    train_data = build_dataset(cfg.data.train_path, transform=encode)
+    held_out = None
+    if cfg.data.eval_path is not None:
+        prompt = partial(multimodal_prompt, image_token=processor.image_token, template=template, **columns)
+        held_out = build_dataset(cfg.data.eval_path, transform=prompt)
+    plan = cfg.batch_plan(world_size(), samples=len(train_data))
+    assert plan.steps_per_epoch is not None
+    assert plan.total_steps is not None
+    state = init_parallel_state(plan.dp_replicate, plan.dp_shard, cfg.train.ulysses_parallel_size, device.type)
+    collator = PackingCollator if cfg.train.rmpad or cfg.train.rmpad_with_pos_ids else PaddingCollator
     pad_token_id = processor.tokenizer.pad_token_id
     loader = build_dataloader(
-        build_dataset(cfg.data.train_path, transform=encode),
+        train_data,
         dp_rank=state.dp.get_local_rank(),
         dp_size=state.dp.size(),
         micro_batch_size=cfg.train.micro_batch_size,
@@ -81,22 +90,18 @@ def main(argv: list[str] | None = None) -> None:
         buffer_size=cfg.train.dyn_bsz_buffer_size,
         num_workers=cfg.data.num_workers,
         prefetch_factor=cfg.data.prefetch_factor,
-        collate=PackingCollator(pad_token_id) if packed else PaddingCollator(pad_token_id),
+        collate=collator(pad_token_id),
         seed=cfg.train.seed,
         drop_last=cfg.data.drop_last,
         group=state.dp.get_group(),
     )
-    held_out = None
-    if cfg.data.eval_path is not None:
-        prompt = partial(multimodal_prompt, image_token=processor.image_token, template=template, **columns)
-        held_out = build_dataset(cfg.data.eval_path, transform=prompt)
 
     # model: meta -> sharded -> weights, so that no rank ever holds all of it
     model = build_omni_model(
         cfg.model.config_path,
         weights_path=cfg.model.model_path,
         foundation=cfg.model.foundation,
-        encoders=cfg.model.encoders,
+        encoders=encoders,
         vocab_size=len(processor.tokenizer),
         image_token_id=processor.image_token_id,
         attn_implementation=cfg.model.attn_implementation,
@@ -143,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     metrics = Metrics(folder, progress.step) if first else None
     display = Display(plan.total_steps, progress.step, shown=first)
     display.say(f"{parameters:,} parameters; {state.describe()}")
-    display.say(f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank")
+    display.say(
+        f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank"
+    )
     startup = seconds_since_launch()
 
     while progress.epoch < cfg.train.num_train_epochs:

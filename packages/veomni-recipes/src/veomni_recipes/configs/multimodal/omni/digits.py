@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAMES = "zero one two three four five six seven eight nine".split()
-SUMS = [*NAMES, *"ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split()]
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SUMS = [*NAMES, *["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"]]
 QUESTIONS = {
     "single_picture": ["Which digit is this?", "What number do you see?", "Read the picture."],
     "list": ["Which digits are these?", "What numbers do you see?", "Read the pictures from left to right."],
@@ -133,13 +133,16 @@ def train_tokenizer(data: Path, folder: Path) -> None:
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
     with data.open(encoding="utf-8") as lines:
-        texts = [f"{m['role']}\n{m['content'].replace('<image>', '')}" for x in lines for m in json.loads(x)["messages"]]
+        texts = [
+            f"{m['role']}\n{m['content'].replace('<image>', '')}" for x in lines for m in json.loads(x)["messages"]
+        ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

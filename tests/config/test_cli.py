@@ -1,0 +1,152 @@
+"""The command `veomni-config`, as somebody types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from veomni_config import OmniRecipeConfig, RecipeConfig, dump_config, parse_args
+from veomni_config.cli import main
+from veomni_config.schema import config_keys
+
+RUN = """\
+model:
+  config_path: cfg
+  encoders:
+    image: {model_type: siglip}
+data:
+  train_path: data.parquet
+train:
+  output_dir: out
+  lr: 1e-4
+"""
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(RUN)
+
+
+def test_validate_says_for_which_recipe_a_file_is_valid(capsys: Capture) -> None:
+    assert main(["validate", "run.yaml"]) == 0
+    assert main(["validate", "run.yaml", "--train.freeze_encoder", "--data.max_pixels", "100"]) == 0
+    assert main(["validate", "run.yaml", "--train.freeze_vit"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"run.yaml: valid ({name})" for name in ("text", "omni", "vl")]
+
+
+def test_validate_plans_for_a_world_size(capsys: Capture) -> None:
+    assert main(["validate", "run.yaml", "--train.ulysses_parallel_size=2", "--world-size", "8"]) == 0
+    assert "  dp: 4\n" in capsys.readouterr().out
+    assert main(["validate", "run.yaml", "--train.ulysses_parallel_size=2", "--world-size=7"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "command line: --train.ulysses_parallel_size: world size 7 is no multiple"
+    )
+    Path("run.yaml").write_text(RUN + "  ulysses_parallel_size: 2\n")
+    assert main(["validate", "run.yaml", "--world-size=7"]) == 2
+    assert capsys.readouterr().err.startswith("run.yaml:10: train.ulysses_parallel_size: world size 7 is no multiple")
+
+
+def test_show_tells_where_each_value_came_from(capsys: Capture) -> None:
+    assert main(["show", "run.yaml", "--train.seed", "3"]) == 0
+    out = capsys.readouterr().out
+    shown = {line.split(":")[0].strip(): line.partition("#")[2].strip() for line in out.splitlines() if "#" in line}
+    assert (shown["lr"], shown["seed"], shown["model_type"]) == ("run.yaml:9", "command line", "run.yaml:4")
+    assert (shown["tokenizer_path"], shown["lr_min"]) == ("derived", "default")
+    Path("shown.yaml").write_text(out)
+    assert parse_args(RecipeConfig, ["shown.yaml"]) == parse_args(RecipeConfig, ["run.yaml", "--train.seed", "3"])
+
+
+def test_diff_tells_what_two_runs_differ_in(capsys: Capture) -> None:
+    Path("a").mkdir()
+    dump_config(parse_args(RecipeConfig, ["run.yaml", "--train.lr=2e-4"]), Path("a/config.yaml"))
+    assert main(["diff", "run.yaml", "run.yaml"]) == 0
+    assert main(["diff", "run.yaml", "a"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("train.lr: 0.0001 (run.yaml:9) -> 0.0002 (a/config.yaml:")
+
+
+def test_the_schema_has_every_key_with_its_meaning(capsys: Capture) -> None:
+    assert main(["schema", "--recipe", "omni"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    for key in config_keys(OmniRecipeConfig):
+        section = schema["properties"][key.path[0]]["anyOf"][0]["$ref"].rsplit("/", 1)[-1]
+        described = schema["$defs"][section]["properties"][key.path[1]]["description"]
+        assert described.startswith(str(key.field.description))
+    assert schema["properties"]["extends"]["type"] == "string"
+    assert not any("required" in section for section in (schema, *schema["$defs"].values()))
+
+
+def test_a_recipe_of_ones_own_is_named_by_its_module(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("own_recipe.py").write_text(
+        "from veomni_config import RecipeConfig, TrainConfig\n"
+        "class Train(TrainConfig):\n    beta: float = 1.0\n"
+        "class Recipe(RecipeConfig):\n    train: Train\n"
+    )
+    monkeypatch.delitem(sys.modules, "own_recipe", raising=False)
+    assert main(["validate", "run.yaml", "--train.beta=2", "--recipe=own_recipe:Recipe"]) == 0
+    assert main(["validate", "run.yaml", "--recipe=own_recipe:Nothing"]) == 2
+    assert "has no attribute 'Nothing'; allowed: text, omni, vl, infer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["validate"],
+        ["validate", "no.yaml"],
+        ["validate", "run.yaml", "--train.lr"],
+        ["validate", "run.yaml", "--world-size"],
+        ["validate", "run.yaml", "--world-size=two"],
+        ["validate", "run.yaml", "--recipe=no_such:Thing"],
+        ["show", "run.yaml", "stray"],
+        ["diff", "run.yaml"],
+        ["migrate", "no.yaml"],
+        ["migrate", "."],
+        ["schema", "--recipe=x"],
+        ["reference", "x"],
+        ["validat", "run.yaml"],
+        [],
+    ],
+)
+def test_what_is_typed_wrong_ends_with_2_and_words(arguments: list[str], capsys: Capture) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.strip()
+
+
+def test_legacy_keys_are_warned_of_in_one_line(capsys: Capture) -> None:
+    assert main(["validate", "run.yaml", "--data.split_nums=2"]) == 0
+    assert capsys.readouterr().err == (
+        "warning: command line: data.split_nums: has no effect: files are split over ranks by the loader itself\n"
+    )
+
+
+def test_the_installed_command_ends_with_2_and_no_traceback() -> None:
+    Path("bad.yaml").write_text(RUN + "  sed: 1\n")
+    command = Path(sys.executable).with_name("veomni-config")
+    run = subprocess.run([command, "validate", "bad.yaml"], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "bad.yaml:10: train.sed: unknown key, did you mean train.seed?\n"
+
+
+def test_the_reference_page_in_the_docs_is_current(capsys: Capture) -> None:
+    assert main(["reference"]) == 0
+    page = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
+    fresh = capsys.readouterr().out
+    assert page.read_text(encoding="utf-8") == fresh, "run: veomni-config reference > docs/reference/config.md"
+    for key in config_keys(OmniRecipeConfig):
+        assert f"| `{key.dotted}` |" in fresh
+        assert str(key.field.description).endswith("."), key.dotted
+
+
+def test_the_shipped_configurations_are_valid() -> None:
+    folder = Path(__file__).parents[2] / "packages" / "veomni-recipes" / "src" / "veomni_recipes" / "configs"
+    files = [file for file in folder.rglob("*.yaml") if {"model", "train"} & set(yaml.safe_load(file.read_text()))]
+    assert files
+    assert [file for file in files if main(["validate", str(file)])] == []
