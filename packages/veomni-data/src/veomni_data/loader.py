@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from .collators import Batch, PackingCollator, PaddingCollator, Sample
 from .errors import DataError
 from .shards import Example, Item, ShardState, VirtualShard, count_rows, epoch_order, fresh_state
+
+_WORKER_CHUNK = 8  # examples that a worker encodes before it sends them: one message each would cost more than packing
 
 Collate = Callable[[list[Sample]], Batch]
 
@@ -45,7 +48,7 @@ def build_dataloader(
         dataset: `dataset[i]` is a sample `{"input_ids", "labels", ...}` (lists or 1-D tensors) or a list of samples.
         dp_rank, dp_size: place among the data-parallel ranks; sequence-parallel ranks of one row share it.
         buffer_size: samples of each row's part that packing chooses from.
-        num_workers, prefetch_factor: processes that do nothing but `dataset[i]`, and how far ahead of the need.
+        num_workers, prefetch_factor: processes that do nothing but `dataset[i]`, and how many lots of 8 each is ahead.
         collate: makes a batch of the samples of a micro-batch, of none too (a rank that has run dry); None is
             PackingCollator if packing, else PaddingCollator.
         seed: of the order, with the epoch.
@@ -134,7 +137,7 @@ class DataLoader:
         self._start_step = 0
         self._steps: int | None = None  # of the epoch, once counted
         self._shards: list[VirtualShard] | None = None  # of the iteration that is under way
-        self._requests = _Requests()
+        self._requests = _Requests(_WORKER_CHUNK if num_workers else 1)
         self._stream = TorchDataLoader(
             _Examples(dataset, on_wire=num_workers > 0),
             sampler=self._requests,
@@ -151,11 +154,11 @@ class DataLoader:
             self.set_epoch(self._epoch + 1)
         shards = self._shards = self._begin()
         self._requests.shards, self._requests.wanted = shards, None
-        arrivals = iter(self._stream)
+        arrivals = (_from_wire(arrived) for chunk in self._stream for arrived in chunk)
         self._refill(shards, arrivals)
 
         def wait() -> None:
-            number, example = _from_wire(next(arrivals))
+            number, example = next(arrivals)
             shards[number - self._numbers.start].arrive(example)
 
         while True:
@@ -258,10 +261,10 @@ class DataLoader:
             for number in self._numbers
         ]
 
-    def _refill(self, shards: list[VirtualShard], arrivals: Iterator[Any]) -> None:
+    def _refill(self, shards: list[VirtualShard], arrivals: Iterator[tuple[int, Example]]) -> None:
         """Encode again what the shards held back when their state was saved: `_Requests` asks for it first."""
         for shard in shards:
-            shard.refill([_from_wire(next(arrivals))[1] for _ in shard.held_indices()])
+            shard.refill([next(arrivals)[1] for _ in shard.held_indices()])
 
     def _goes_on(self, rows: list[list[Item] | None], error: str | None) -> bool:
         """Whether all ranks make this step; raises the DataError of whichever rank has met one."""
@@ -281,11 +284,17 @@ class _Requests:
     Which shard that is has no influence on the batches: each has its own fixed order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int) -> None:
         self.shards: list[VirtualShard] = []
         self.wanted: VirtualShard | None = None  # its row is being waited for
+        self._chunk = chunk
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        requests = self._requests()
+        while chunk := list(islice(requests, self._chunk)):
+            yield chunk
+
+    def _requests(self) -> Iterator[tuple[int, int]]:
         for shard in self.shards:
             for index in shard.held_indices():
                 yield shard.number, index
@@ -304,20 +313,22 @@ def _ahead(shard: VirtualShard) -> int:
 
 
 class _Examples:
-    """`dataset[index]` as a list of samples or the DataError that it raised, for the shard that asked."""
+    """`dataset[index]` as a list of samples or the DataError that it raised, for each shard that asked."""
 
     def __init__(self, dataset: Sequence[Any], on_wire: bool) -> None:
         self._dataset = dataset
         self._on_wire = on_wire
 
-    def __getitem__(self, request: tuple[int, int]) -> tuple[int, Example]:
-        number, index = request
+    def __getitem__(self, requests: list[tuple[int, int]]) -> list[tuple[int, Example]]:
+        return [(number, self._encode(index)) for number, index in requests]
+
+    def _encode(self, index: int) -> Example:
         try:
             # an exception that leaves a worker arrives as one of many lines, a value as it is
             samples = _as_samples(self._dataset[index], index)
         except DataError as error:
-            return number, Example(index, [], str(error))
-        return number, Example(index, [_to_wire(s) for s in samples] if self._on_wire else samples)
+            return Example(index, [], str(error))
+        return Example(index, [_to_wire(s) for s in samples] if self._on_wire else samples)
 
 
 def _as_samples(given: Any, index: int) -> list[Sample]:

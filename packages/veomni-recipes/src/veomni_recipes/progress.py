@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +102,7 @@ class Display:
             self._bar = Bar(*columns)
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
+            atexit.register(self._bar.stop)  # a run that fails leaves the terminal as it was, too
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

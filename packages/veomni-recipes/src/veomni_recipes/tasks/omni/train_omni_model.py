@@ -189,6 +189,9 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
             checkpoints.save(progress.step, model, optimizer, progress.state(loader))
     checkpoints.close()
+    if progress.step < plan.total_steps:
+        size = progress.tokens // progress.epoch
+        display.say(f"the data ended after {progress.step} of {plan.total_steps} steps: set data.train_size to {size}")
     display.close()
     trained = seconds_since_launch()
 
