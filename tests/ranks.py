@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -59,8 +60,6 @@ class Ranks:
 
     def _collect(self, timeout: float) -> list[Any]:
         """One answer of every rank; the group is ended (and started anew by the next run) if one fails or is late."""
-        import time
-
         end, waiting, results = (
             time.monotonic() + timeout,
             dict(zip(self._pipes, range(self.world_size), strict=True)),
@@ -73,7 +72,10 @@ class Ranks:
                     raise TimeoutError(f"ranks {sorted(waiting.values())} gave no answer within {timeout} s")
                 for pipe in ready:
                     rank = waiting.pop(pipe)
-                    kind, value = pipe.recv()
+                    try:
+                        kind, value = pipe.recv()
+                    except EOFError as error:
+                        raise AssertionError(f"rank {rank} died; its stderr is above") from error
                     if kind == "error":
                         raise AssertionError(f"rank {rank} failed:\n{value}")
                     results[rank] = value

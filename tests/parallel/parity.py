@@ -215,7 +215,7 @@ def gradients_of(model: nn.Module) -> Gradients:
 
 def step(name: str, sizes: dict[str, int], options: dict[str, Any], accumulate_locally: bool = False) -> Batch:
     """The step of `truth` on the ranks of this process group, in two uneven micro-batches per data-parallel rank."""
-    state = init_parallel_state(**sizes)
+    state = init_parallel_state(**sizes, device_type="cpu")
     model = build(name)
     if name == "stranger":
         for block in model.blocks:

@@ -47,7 +47,7 @@ def test_units_can_be_named() -> None:
 )
 def test_a_wrong_option_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        build_parallelize_model(build("llama"), init_parallel_state(), **options)
+        build_parallelize_model(build("llama"), init_parallel_state(device_type="cpu"), **options)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp1"])
@@ -55,16 +55,16 @@ def test_ddp_and_fsdp1_refuse_a_model_without_weights(mode: Any) -> None:
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=rf'mode="{mode}" needs a model with weights, but 2 parameters .* is weight'):
-        build_parallelize_model(model, init_parallel_state(), mode=mode)
+        build_parallelize_model(model, init_parallel_state(device_type="cpu"), mode=mode)
 
 
 def test_one_process_gets_its_own_model_back() -> None:
     model = build("llama")
-    assert build_parallelize_model(model, init_parallel_state()) is model
+    assert build_parallelize_model(model, init_parallel_state(device_type="cpu")) is model
 
 
 def wrapped_twice(mode: Any) -> str:
-    state = init_parallel_state()
+    state = init_parallel_state(device_type="cpu")
     model = build_parallelize_model(build("llama"), state, mode=mode)
     try:
         build_parallelize_model(model, state, mode=mode)
@@ -79,7 +79,7 @@ def test_a_wrapped_model_is_refused(mode: str, two_ranks: Ranks) -> None:
 
 
 def frozen(mode: Any) -> dict[str, Any]:
-    state = init_parallel_state()
+    state = init_parallel_state(device_type="cpu")
     model = build("llama")
     for name, parameter in model.named_parameters():
         if "q_proj" in name or "layers.0.mlp" in name or "embed" in name:
@@ -115,7 +115,7 @@ class Branching(nn.Module):
 
 
 def branching(mode: Any) -> dict[str, torch.Tensor]:
-    model = build_parallelize_model(Branching(), init_parallel_state(), mode=mode)
+    model = build_parallelize_model(Branching(), init_parallel_state(device_type="cpu"), mode=mode)
     for _ in range(2):
         model(torch.ones(1, 3)).sum().backward()
     return gradients_of(model)
@@ -134,7 +134,7 @@ def from_meta(name: str) -> dict[str, Any]:
     import transformers
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    state, whole = init_parallel_state(), build(name)
+    state, whole = init_parallel_state(device_type="cpu"), build(name)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(whole.config)
     model = build_parallelize_model(model, state)
@@ -169,7 +169,7 @@ def test_a_meta_model_is_sharded_then_filled_and_stays_tied(name: str, tied: boo
 
 
 def half_precision(mode: Any, precision: Any) -> dict[str, Any]:
-    state, seen = init_parallel_state(), set()
+    state, seen = init_parallel_state(device_type="cpu"), set()
     model = build("llama")
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
     model = build_parallelize_model(model, state, mode=mode, mixed_precision=precision)
@@ -196,7 +196,7 @@ def test_one_process_computes_in_bf16_too() -> None:
 
 def test_recomputation_refuses_a_cache_that_it_would_fill_twice() -> None:
     model = build("llama", use_cache=True)
-    model = build_parallelize_model(model, init_parallel_state(), activation_checkpointing="full")
+    model = build_parallelize_model(model, init_parallel_state(device_type="cpu"), activation_checkpointing="full")
     with pytest.raises(ValueError, match=r"LlamaDecoderLayer is recomputed .* use_cache=False"):
         model(torch.tensor([[1, 2]]))
 
@@ -204,7 +204,9 @@ def test_recomputation_refuses_a_cache_that_it_would_fill_twice() -> None:
 def test_recomputation_keeps_only_the_inputs_of_a_block() -> None:
     kept = []
     for option in (None, "full"):
-        model = build_parallelize_model(build("llama"), init_parallel_state(), activation_checkpointing=option)
+        model = build_parallelize_model(
+            build("llama"), init_parallel_state(device_type="cpu"), activation_checkpointing=option
+        )
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             model(torch.arange(1, 33)[None])

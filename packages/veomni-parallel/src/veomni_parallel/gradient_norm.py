@@ -41,7 +41,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, state: ParallelState) -> 
             if gradient is not None:
                 by_sharding[groups].append(gradient)
 
-    total = torch.zeros((), dtype=torch.float64, device=state.device)
+    device = next((parameter.device for parameter in model.parameters()), state.device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for groups, gradients in by_sharding.items():
         squares = torch.zeros_like(total)
         if gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, Literal
@@ -43,7 +44,8 @@ def build_parallelize_model(
 
     All ranks must hold the same weights, or the model is on the meta device (fsdp2 only): then give it storage with
     `to_empty` and load weights afterwards. Frozen parameters may lie beside trainable ones. Gradients are averaged over
-    all ranks of `state.loss`, which `loss_scale` undoes. Without a process group, the model itself is returned.
+    all ranks of `state.loss`, which `loss_scale` undoes. Without a process group, the model itself is returned, on
+    `state.device` like in every mode unless it is on meta.
 
     With `state.sp.size() > 1`, a transformers model is switched to Ulysses attention by `apply_ulysses`; any other
     model must call `ulysses_attention` itself, which its first training step checks.
@@ -91,7 +93,7 @@ def build_parallelize_model(
     if precision is not None and (mode == "ddp" or isinstance(state.fsdp, LocalMesh)):
         autocast_forward(model, precision.param_dtype, state.device_type)
     if isinstance(state.fsdp, LocalMesh):
-        return model
+        return model if any(p.is_meta for p in model.parameters()) else model.to(state.device)
     if mode == "ddp":
         return _ddp(model, state)
     if mode == "fsdp1":
@@ -100,14 +102,18 @@ def build_parallelize_model(
 
 
 def _ddp(model: nn.Module, state: ParallelState) -> nn.Module:
+    # Buffers of a transformer are constants; broadcasting them would make every forward a collective.
+    # torch 2.14 renamed the argument.
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False}
     return DistributedDataParallel(
         model.to(state.device),
         process_group=state.loss.get_group(),
-        # buffers of a transformer are constants; broadcasting them would make every forward a collective
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
         # a tower's unused head, or a branch that only some ranks take, must not stop the reduction
         find_unused_parameters=True,
+        **options,
     )
 
 
