@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from veomni_data import DataError, build_dataset, encode_multimodal_sample, get_chat_template, load_picture
+from veomni_data import (
+    DataError,
+    build_dataset,
+    encode_multimodal_sample,
+    get_chat_template,
+    load_picture,
+    multimodal_prompt,
+)
 
 PARTS_TEMPLATE = """\
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
@@ -170,3 +177,16 @@ def test_an_error_names_file_line_and_picture(processor: Any, tmp_path: Path) ->
     assert isinstance(rows[0]["input_ids"], torch.Tensor)
     with pytest.raises(DataError, match=r'rows\.jsonl:3: picture "sub/lost\.png" does not exist'):
         rows[1]
+
+
+def test_a_prompt_ends_where_the_last_answer_begins_and_keeps_the_other_columns(processor: Any) -> None:
+    template = get_chat_template("default", processor.tokenizer)
+    example = {"messages": conversation("<image> Which digit?", "three"), "images": [picture(5)], "task": "single"}
+    prompt = multimodal_prompt(example, image_token=processor.image_token, template=template)
+    assert prompt["text"] == "<|im_start|>user\n<|pic|> Which digit?<|im_end|>\n<|im_start|>assistant\n"
+    assert [image.size for image in prompt["images"]] == [(2, 5)]
+    assert (prompt["question"], prompt["answer"], prompt["task"]) == ("Which digit?", "three", "single")
+    unanswered = {**example, "messages": example["messages"][:1]}
+    assert multimodal_prompt(unanswered, image_token=processor.image_token, template=template)["answer"] == ""
+    with pytest.raises(DataError, match="no message before the answer"):
+        multimodal_prompt({"messages": example["messages"][1:]}, image_token="<|pic|>", template=template)
