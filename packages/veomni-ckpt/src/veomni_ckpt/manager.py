@@ -117,7 +117,7 @@ class CheckpointManager:
             optimizer: None leaves the saved optimizer state unread.
 
         Returns:
-            The saved `extra_state`; None if "auto" finds no checkpoint at all.
+            The saved `extra_state`, an empty dict if none was given; None if "auto" finds no checkpoint at all.
 
         Raises:
             CheckpointError: on every rank: no such checkpoint, damaged files, or one that does not fit the model or
@@ -278,7 +278,8 @@ def _take_snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer
     if not isinstance(step, int) or step < 0:
         raise CheckpointError(f"step must be an int of at least 0, not {step!r}")
     reshard(model)
-    documents = {"extra_state": state_tree.encode(extra_state, "extra_state")}
+    # None is what `load` says when there is no checkpoint
+    documents = {"extra_state": state_tree.encode({} if extra_state is None else extra_state, "extra_state")}
     tensors: dict[str, Any] = {"model": {}}
     plain: dict[str, Any] = {}  # what modules keep with `get_extra_state`, unless it is a tensor
     for name, value in get_model_state_dict(model).items():

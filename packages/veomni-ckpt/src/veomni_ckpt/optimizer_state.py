@@ -98,6 +98,10 @@ def allocate(model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metad
             optimizer.zero_grad(set_to_none=True)
             state = get_optimizer_state_dict(model, optimizer)["state"]
             for name, key in saved:
+                if key not in state.get(name, {}):
+                    raise CheckpointError(
+                        f"{name} was saved with an optimizer state {key!r}, which this optimizer has not"
+                    )
                 targets.setdefault(name, {})[key] = state[name][key]
         return targets
 
