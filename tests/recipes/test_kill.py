@@ -23,6 +23,12 @@ def start(arguments: list[str], folder: Path, *more: str) -> subprocess.Popen[by
     return subprocess.Popen([*command, *options], stdout=log, stderr=log, env=env, start_new_session=True)
 
 
+def ranks_of(folder: Path) -> list[str]:
+    """Command lines of the processes that still work on a run."""
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if f"--train.output_dir={folder}" in line]
+
+
 @pytest.mark.timeout(300)
 def test_a_killed_run_goes_on_with_the_very_numbers_of_an_undisturbed_one(arguments: list[str], tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -37,6 +43,8 @@ def test_a_killed_run_goes_on_with_the_very_numbers_of_an_undisturbed_one(argume
         time.sleep(pause)  # anywhere in a step, or in a save
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
+        time.sleep(1)
+        assert not ranks_of(cut), "a rank outlived its launcher"
     assert start(arguments, cut, "--train.load_checkpoint_path=auto").wait() == 0
 
     def numbers(folder: Path) -> list[tuple[float, ...]]:

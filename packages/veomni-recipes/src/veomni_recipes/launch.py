@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,6 +76,20 @@ def seconds_since_launch() -> float:
     return time.time() - float(os.environ.get(_LAUNCHED, _IMPORTED))
 
 
+def _end_with_launcher() -> None:
+    """End this rank soon after its launcher is gone: torchrun starts ranks in sessions of their own, which a SIGKILL
+    of the launcher's does not reach, and a rank that goes on would write into the folder of the run that follows.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def ends_with_one_sentence(*expected: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a recipe's main: the expected errors end the process with exit code 2 and their message alone.
 
@@ -86,6 +101,8 @@ def ends_with_one_sentence(*expected: type[Exception]) -> Callable[[Callable[P, 
         @functools.wraps(main)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
             error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+            if error_file is not None:
+                _end_with_launcher()
             try:
                 return main(*args, **kwargs)
             except expected as error:
