@@ -8,7 +8,7 @@ import pytest
 from veomni_config import BatchPlan, ConfigError, RecipeConfig
 
 # keys; world size; dp, replicate, shard, global batch, accumulation, tokens a step
-DEALT = [
+DEALT: list[tuple[dict[str, Any], int, tuple[int, ...]]] = [
     ({}, 1, (1, 1, 1, 1, 1, 2048)),
     ({}, 8, (8, 8, 1, 8, 1, 16384)),
     ({"data_parallel_mode": "fsdp2"}, 8, (8, 1, 8, 8, 1, 16384)),
@@ -21,7 +21,7 @@ DEALT = [
 ]
 
 # keys of train; keys of data; world size; samples; steps an epoch, steps in all
-STEPS = [
+STEPS: list[tuple[dict[str, Any], dict[str, Any], int, int | None, tuple[int | None, int | None]]] = [
     ({}, {"train_size": 1_000_000}, 1, None, (489, 489)),  # 1,000,000 / 2,048 = 488.28
     ({}, {"train_size": 2048 * 8}, 8, None, (1, 1)),
     ({}, {"train_size": 2048 * 8 + 1}, 8, None, (2, 2)),

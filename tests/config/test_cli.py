@@ -102,6 +102,8 @@ def test_a_recipe_of_ones_own_is_named_by_its_module(capsys: Capture, monkeypatc
         ["validate", "run.yaml", "--train.lr"],
         ["validate", "run.yaml", "--world-size"],
         ["validate", "run.yaml", "--world-size=two"],
+        ["validate", "run.yaml", "--world-size=" + "9" * 5000],
+        ["validate", "run.yaml", "--world-size=999999999", "--train.ulysses_parallel_size=2"],
         ["validate", "run.yaml", "--recipe=no_such:Thing"],
         ["show", "run.yaml", "stray"],
         ["diff", "run.yaml"],

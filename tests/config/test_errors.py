@@ -75,6 +75,7 @@ def test_a_mistake_in_the_file_is_told_with_its_line(line: str, message: str) ->
         (["--train..lr=1"], "'--train..lr=1' is no key; keys are written --section.key"),
         (["--train.no_decay_params=[a"], "--train.no_decay_params: not YAML: while parsing a flow sequence"),
         (["--train.accelerator.ulysses_size=2"], "--train.accelerator.ulysses_size: is train.ulysses_parallel_size"),
+        (["--train.wandb_name", "'${x}'"], "--train.wandb_name: '${x}' holds '${' without a reference: write ${env:x}"),
         (["--help"], "--help: every key is explained by `veomni-config reference`"),
         (["--train.wandb_name", "\udcff"], "--train.wandb_name: '\\udcff' is not UTF-8"),
     ],
@@ -133,6 +134,11 @@ def test_an_unknown_modality_is_told_with_the_known_ones() -> None:
 def test_what_is_not_yaml_is_told_with_its_line(text: str, message: str) -> None:
     (told,) = problems(text)
     assert told.startswith(message)
+
+
+def test_a_number_for_a_name_is_told() -> None:
+    (told,) = problems(BASE.replace("cfg\n", "cfg\n  foundation:\n    1: a\n"))
+    assert told == "run.yaml:4: model.foundation.1: unknown key; allowed: text, in quotes if it is a number"
 
 
 def test_ten_lines_that_stand_for_billions_are_refused_at_once() -> None:

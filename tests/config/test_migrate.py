@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from veomni_config import ConfigError, OmniRecipeConfig, VLRecipeConfig, parse_args
+from veomni_config import ConfigError, ConfigWarning, OmniRecipeConfig, VLRecipeConfig, parse_args
 from veomni_config.cli import main
 from veomni_config.migrate import migrate
 from veomni_config.newer_layout import DEFAULTS, RENAMED, WITHOUT_COUNTERPART, why_dropped
@@ -107,7 +107,8 @@ def test_a_file_of_our_layout_stays_as_it_is() -> None:
 def test_every_key_of_the_layout_is_kept_renamed_or_dropped_with_a_reason(tmp_path: Path) -> None:
     migration = migrate(EVERY_KEY.read_text(), str(EVERY_KEY))
     (tmp_path / "run.yaml").write_text(migration.text)
-    cfg = parse_args(VLRecipeConfig, [str(tmp_path / "run.yaml"), "--data.silent_exception=null"][:1])
+    with pytest.warns(ConfigWarning, match="silent_exception"):
+        cfg = parse_args(VLRecipeConfig, [str(tmp_path / "run.yaml")])
     assert (cfg.train.data_parallel_mode, cfg.model.moe_implementation, cfg.data.max_pixels) == (
         "fsdp2",
         "auto",
@@ -127,11 +128,13 @@ def test_the_table_leads_to_keys_that_exist() -> None:
 
 
 def test_anchors_are_written_out_where_they_are_used() -> None:
-    text = "x: &r {lr: 1e-4}\ntrain:\n  optimizer: {<<: *r, type: adamw}\n  checkpoint:\n    output_dir: &o out\n  eval_steps: *o\n"
+    text = (
+        "x: &r {lr: 1e-4}\ntrain:\n  optimizer: {<<: *r, type: adamw}\n"
+        "  checkpoint:\n    output_dir: &o out\n    load_path: *o\n"
+    )
     migration = migrate(text, "run.yaml")
     plain = yaml.safe_load(migration.text)
-    assert plain["train"]["output_dir"] == "out"
-    assert plain["train"]["lr"] == "1e-4"
+    assert plain["train"].items() >= {"output_dir": "out", "load_checkpoint_path": "out", "lr": "1e-4"}.items()
 
 
 def test_what_is_not_yaml_is_told_with_its_line() -> None:
@@ -156,7 +159,7 @@ def test_the_command_writes_the_file_and_lists_the_changes(
 LINES = EVERY_KEY.read_text().splitlines()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     st.sets(st.integers(0, len(LINES) - 1), max_size=60),
     st.lists(

@@ -96,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::veomni_config.ConfigWarning")
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(configs())
 def test_a_configuration_is_written_and_read_back_equal(folder: Path, config: OmniRecipeConfig) -> None:
     reads_back_equal(config, folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field
 from veomni_config import (
     ConfigError,
     ModelConfig,
@@ -23,8 +23,8 @@ BASE = ["--model.config_path=cfg", "--data.train_path=d", "--train.output_dir=ou
 
 
 class Penalty(TrainConfig):
-    beta: float = Field(0.1, ge=0, description="Weight of the penalty.")
-    half_beta: float | None = Field(None, description="Half of it.")
+    beta: float = Field(default=0.1, ge=0, description="Weight of the penalty.")
+    half_beta: float | None = Field(default=None, description="Half of it.")
 
     def derive(self) -> dict[str, Any]:
         return super().derive() | {"half_beta": self.beta / 2}
@@ -71,6 +71,28 @@ def test_a_subclass_is_written_and_read_back_equal(tmp_path: Path) -> None:
     cfg = parse_args(Distillation, [*BASE, "--model.teacher_path=t", "--train.beta", "0.5"])
     dump_config(cfg, tmp_path / "run.yaml")
     assert parse_args(Distillation, [str(tmp_path / "run.yaml")]) == cfg
+
+
+class Source(BaseModel):
+    path: str
+    weight: float = 1.0
+
+
+class Mixture(TrainConfig):
+    sources: tuple[Source, ...] = ()
+
+
+class MixtureRecipe(RecipeConfig):
+    train: Mixture
+
+
+def test_a_key_may_hold_a_list_of_models(tmp_path: Path) -> None:
+    cfg = parse_args(MixtureRecipe, [*BASE, "--train.sources=[{path: a}, {path: b, weight: 2}]"])
+    assert [(source.path, source.weight) for source in cfg.train.sources] == [("a", 1.0), ("b", 2.0)]
+    dump_config(cfg, tmp_path / "run.yaml")
+    assert parse_args(MixtureRecipe, [str(tmp_path / "run.yaml")]) == cfg
+    with pytest.raises(ConfigError, match=r"^command line: --train\.sources\.0\.weight: 'x' given; input should be"):
+        parse_args(MixtureRecipe, [*BASE, "--train.sources=[{path: a, weight: x}]"])
 
 
 def test_the_recipes_for_pictures_have_their_keys() -> None:

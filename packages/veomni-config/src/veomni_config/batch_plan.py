@@ -95,6 +95,7 @@ def plan_batches(train: TrainConfig, data: DataConfig, world_size: int, samples:
     )
 
 
+_MOST_RANKS = 1024  # of a group, in what is proposed
 _SPLITTING = ("ulysses_parallel_size", "context_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")
 
 
@@ -108,7 +109,7 @@ def _data_parallel_size(train: TrainConfig, world_size: int) -> int:
         involved = " x ".join(f"train.{name}={size}" for name, size in sizes.items() if size > 1)
         worlds = " or ".join(str(value) for value in _multiples_around(world_size, ranks))
         others = ranks // sizes[key]
-        fits = [size for size in range(1, world_size + 1) if world_size % (size * others) == 0]
+        fits = [size for size in range(1, min(world_size, _MOST_RANKS) + 1) if world_size % (size * others) == 0]
         change = f", or train.{key} to {' or '.join(map(str, fits))}" if fits else ""
         raise _error(
             key, f"world size {world_size} is no multiple of {involved}: set the world size to {worlds}{change}"
@@ -139,7 +140,7 @@ def _check_expert_groups(train: TrainConfig, shard: int, world_size: int) -> Non
     ranks = shard * train.ulysses_parallel_size * train.context_parallel_size
     size = train.expert_parallel_size
     if ranks % size:
-        fits = " or ".join(str(value) for value in range(1, ranks + 1) if ranks % value == 0)
+        fits = " or ".join(str(value) for value in range(1, min(ranks, _MOST_RANKS) + 1) if ranks % value == 0)
         raise _error(
             "expert_parallel_size",
             f"{size} does not divide the {ranks} ranks that share a copy of the model (train.data_parallel_shard_size "

@@ -153,7 +153,8 @@ class _Check:
         elif detail["type"] in ("value_error", "assertion_error"):
             self.report(path, str(detail["ctx"]["error"]), origin)
         elif detail["loc"][-1:] == ("[key]",):
-            self.report(path, f"unknown key; allowed: {detail['ctx']['expected']}", origin)
+            expected = detail.get("ctx", {}).get("expected")
+            self.report(path, f"unknown key; allowed: {expected or 'text, in quotes if it is a number'}", origin)
         elif key is None or key.path != path or node is None:
             self.report(path, f"{show(node)} given; {detail['msg'][:1].lower()}{detail['msg'][1:]}", origin)
         else:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command: Callable[[list[str]], int] | None = commands.get(arguments[0]) if arguments else None
     if command is None:
-        print(f"veomni-config: {arguments[0]!r} is no command\n" * bool(arguments) + USAGE, end="", file=sys.stderr)
+        wrong = f"veomni-config: {arguments[0]!r} is no command\n" if arguments else ""
+        print(wrong + USAGE, end="", file=sys.stderr)
         return 2
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -88,7 +90,7 @@ def _validate(arguments: list[str]) -> int:
     recipe, resolved = _load(arguments)
     line = f"{arguments[0]}: valid ({recipe})"
     if world_size is not None:
-        if not world_size.isascii() or not world_size.isdigit() or int(world_size) < 1:
+        if not re.fullmatch("[1-9][0-9]{0,8}", world_size):
             raise _usage(f"--world-size {world_size}: a whole number >= 1 is allowed")
         if not isinstance(resolved.config, RecipeConfig):
             raise _usage("--world-size is for the configuration of a training")

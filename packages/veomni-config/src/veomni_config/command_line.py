@@ -73,7 +73,7 @@ def parse_value(text: str) -> Node:
         return Node(None, _HERE, problem=f"{text!r} is not UTF-8")
     if text[:1] in ("[", "{", '"', "'"):
         try:
-            return Node(read_value(text, _HERE).value, _HERE, text)
+            return read_value(text, _HERE)
         except ConfigError as error:
             return Node(text, _HERE, text, problem=error.problems[0].text)
     filled, problem = substitute_environment(text)

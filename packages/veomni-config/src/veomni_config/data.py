@@ -20,67 +20,71 @@ class DataConfig(Section):
         "`.yaml` file.",
     )
     eval_path: str | None = Field(
-        None, description="Held-out data that the model is evaluated on by generation at the end; null for none."
+        default=None,
+        description="Held-out data that the model is evaluated on by generation at the end; null for none.",
     )
     train_size: int = Field(
-        10_000_000, ge=1, description="Tokens an epoch, from which the steps follow when `train.dyn_bsz` is on."
+        default=10_000_000, ge=1, description="Tokens an epoch, from which the steps follow when `train.dyn_bsz` is on."
     )
     data_type: Literal["plaintext", "conversation", "diffusion"] = Field(
-        "conversation", description="Kind of a sample, which chooses how it becomes tokens."
+        default="conversation", description="Kind of a sample, which chooses how it becomes tokens."
     )
-    dataloader_type: Literal["native"] = Field("native", description="Which data loader is used.")
+    dataloader_type: Literal["native"] = Field(default="native", description="Which data loader is used.")
     datasets_type: Literal["mapping", "iterable"] = Field(
-        "mapping", description="`mapping` has a length and random access, `iterable` streams."
+        default="mapping", description="`mapping` has a length and random access, `iterable` streams."
     )
     multisource_datasets_type: Literal["interleave"] = Field(
-        "interleave", description="How the sources of a multisource file are mixed."
+        default="interleave", description="How the sources of a multisource file are mixed."
     )
     enable_multisource: bool = Field(
-        False, description="Whether `data.train_path` is a multisource file; follows from its name, `.yaml` or `.yml`."
+        default=False,
+        description="Whether `data.train_path` is a multisource file; follows from its name, `.yaml` or `.yml`.",
     )
-    source_name: str | None = Field(None, description="Label of a single source, for metrics.")
-    data_tag: Literal["default", "mmtag"] = Field("default", description="Layout of multimodal samples.")
+    source_name: str | None = Field(default=None, description="Label of a single source, for metrics.")
+    data_tag: Literal["default", "mmtag"] = Field(default="default", description="Layout of multimodal samples.")
     drop_resume_buffer: bool = Field(
-        False, description="Whether samples that wait in the packing buffer are dropped when a run resumes."
+        default=False, description="Whether samples that wait in the packing buffer are dropped when a run resumes."
     )
     text_keys: str | None = Field(
-        None,
+        default=None,
         description="Field of a sample that holds its text; null is `content_split` for plaintext and `messages` for "
         "conversation.",
     )
-    image_keys: str = Field("images", min_length=1, description="Field of a sample that holds its pictures.")
+    image_keys: str = Field(default="images", min_length=1, description="Field of a sample that holds its pictures.")
     chat_template: str = Field(
-        "default", min_length=1, description="Name of the chat template that renders conversations."
+        default="default", min_length=1, description="Name of the chat template that renders conversations."
     )
-    max_seq_len: int = Field(2048, ge=1, description="Tokens in a row at most.")
+    max_seq_len: int = Field(default=2048, ge=1, description="Tokens in a row at most.")
     num_workers: int = Field(
-        2, ge=0, description="Worker processes of the loader on each rank; 0 loads in the main one."
+        default=2, ge=0, description="Worker processes of the loader on each rank; 0 loads in the main one."
     )
     prefetch_factor: int = Field(
-        2, ge=1, description="Batches that each worker makes in advance; unused with `data.num_workers: 0`."
+        default=2, ge=1, description="Batches that each worker makes in advance; unused with `data.num_workers: 0`."
     )
-    drop_last: bool = Field(True, description="Whether the last incomplete step of an epoch is dropped.")
-    pin_memory: bool = Field(True, description="Whether batches are put into page-locked memory for faster copies.")
+    drop_last: bool = Field(default=True, description="Whether the last incomplete step of an epoch is dropped.")
+    pin_memory: bool = Field(
+        default=True, description="Whether batches are put into page-locked memory for faster copies."
+    )
     shuffle_shard_nums: int = Field(
-        1,
+        default=1,
         ge=1,
         json_schema_extra={"legacy": "samples are shuffled over all files"},
         description="Shards that are shuffled together.",
     )
     split_nums: int = Field(
-        1,
+        default=1,
         ge=1,
         json_schema_extra={"legacy": "files are split over ranks by the loader itself"},
         description="Parts that a file is split into.",
     )
     predownload_factor: float = Field(
-        0.5,
+        default=0.5,
         ge=0,
         json_schema_extra={"legacy": "nothing is downloaded ahead, data are read where they lie"},
         description="Share of the data that is downloaded ahead, from 0 to 1.",
     )
     silent_exception: bool = Field(
-        False,
+        default=False,
         json_schema_extra={"legacy": "a sample that cannot be read is never passed over in silence"},
         description="Whether errors of single samples are hidden.",
     )

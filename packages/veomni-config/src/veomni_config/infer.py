@@ -14,15 +14,22 @@ class InferConfig(Section):
 
     model_path: str = Field(min_length=1, description="Folder (or hub id) of the weights to answer with.")
     tokenizer_path: str | None = Field(
-        None, description="Folder (or hub id) of the tokenizer or processor; falls back to `infer.model_path`."
+        default=None, description="Folder (or hub id) of the tokenizer or processor; falls back to `infer.model_path`."
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the sampling.")
-    do_sample: bool = Field(True, description="Whether tokens are drawn at random; else the likeliest one is taken.")
-    temperature: float = Field(1.0, ge=0, description="Divides the logits before a token is drawn; below 1 is bolder.")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of the sampling.")
+    do_sample: bool = Field(
+        default=True, description="Whether tokens are drawn at random; else the likeliest one is taken."
+    )
+    temperature: float = Field(
+        default=1.0, ge=0, description="Divides the logits before a token is drawn; below 1 is bolder."
+    )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Share of the probability that the likeliest tokens must reach to be drawn from."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the probability that the likeliest tokens must reach to be drawn from.",
     )
-    max_tokens: int = Field(1024, ge=1, description="New tokens at most.")
+    max_tokens: int = Field(default=1024, ge=1, description="New tokens at most.")
 
     def derive(self) -> dict[str, Any]:
         """The tokenizer lies beside the weights."""

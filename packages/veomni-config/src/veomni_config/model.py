@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from .section import Mapping, Names, Section
+from .section import AnyKeys, Names, Section
 
 Parts: TypeAlias = dict[str, Any]
 Encoders: TypeAlias = Annotated[
@@ -21,50 +21,50 @@ class ModelConfig(Section):
     """Which model is trained, and from what it starts."""
 
     config_path: str | None = Field(
-        None, description="Folder (or hub id) of the model's configuration; falls back to `model.model_path`."
+        default=None, description="Folder (or hub id) of the model's configuration; falls back to `model.model_path`."
     )
     model_path: str | None = Field(
-        None, description="Folder (or hub id) of pretrained weights; null starts from random values."
+        default=None, description="Folder (or hub id) of pretrained weights; null starts from random values."
     )
     tokenizer_path: str | None = Field(
-        None, description="Folder (or hub id) of the tokenizer or processor; falls back to `model.config_path`."
+        default=None, description="Folder (or hub id) of the tokenizer or processor; falls back to `model.config_path`."
     )
-    foundation: Mapping = Field(
-        {},
+    foundation: AnyKeys = Field(
+        default={},
         description="Keys that are set in the foundation model's configuration; with `model_type` among them the model "
         "is built from these keys alone.",
     )
     encoders: Encoders = Field(
-        {},
+        default={},
         description="Encoder of each modality that is read: its configuration keys, or `config_path` and "
         "`model_path`, and `projector`.",
     )
     decoders: Decoders = Field(
-        {},
+        default={},
         description="Decoder of each modality that is generated: its configuration keys, or `config_path` and "
         "`model_path`.",
     )
     input_encoder: Literal["encoder", "decoder"] = Field(
-        "encoder", description="Which module turns pictures that are read into features."
+        default="encoder", description="Which module turns pictures that are read into features."
     )
     output_encoder: Literal["encoder", "decoder"] = Field(
-        "decoder", description="Which module turns pictures that are to be generated into targets."
+        default="decoder", description="Which module turns pictures that are to be generated into targets."
     )
     encode_target: bool = Field(
-        False, description="Whether the decoder also encodes the picture that is to be generated."
+        default=False, description="Whether the decoder also encodes the picture that is to be generated."
     )
     attn_implementation: str | None = Field(
-        "auto",
+        default="auto",
         description="Attention kernel: `auto` takes the best one for the device and packed rows; else any name that is "
         "registered in transformers (`eager`, `sdpa`, `flash_attention_2`, ...); null leaves it to the model.",
     )
     moe_implementation: Literal["auto", "eager", "fused"] | None = Field(
-        None,
+        default=None,
         description="Experts kernel: `eager` loops over experts, `fused` is one grouped matrix product; `auto` "
         "and null take the best one for the device.",
     )
     basic_modules: Names = Field(
-        (), description="Class names of further modules that FSDP shards as units of their own."
+        default=(), description="Class names of further modules that FSDP shards as units of their own."
     )
 
     def derive(self) -> dict[str, Any]:

@@ -13,22 +13,28 @@ class VLDataConfig(DataConfig):
     """Data of a vision-language model."""
 
     max_pixels: int = Field(
-        768 * 28 * 28, ge=1, description="Pixels of a picture at most; a larger one is scaled down before it is read."
+        default=768 * 28 * 28,
+        ge=1,
+        description="Pixels of a picture at most; a larger one is scaled down before it is read.",
     )
 
 
 class OmniDataConfig(VLDataConfig):
     """Data of an omni model."""
 
-    max_image_nums: int | None = Field(None, ge=1, description="Pictures in a sample at most; null for no limit.")
+    max_image_nums: int | None = Field(
+        default=None, ge=1, description="Pictures in a sample at most; null for no limit."
+    )
     max_pixel_size: int | None = Field(
-        None, ge=1, description="Width and height of a picture at most, in pixels; null for no limit."
+        default=None, ge=1, description="Width and height of a picture at most, in pixels; null for no limit."
     )
     scale_factor: int | None = Field(
-        None, ge=1, description="Pixels of which width and height become a multiple; null leaves it to the processor."
+        default=None,
+        ge=1,
+        description="Pixels of which width and height become a multiple; null leaves it to the processor.",
     )
     generation_ratio: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=1,
         description="Share of the samples whose picture is to be generated instead of read, from 0 to 1.",
@@ -39,13 +45,15 @@ class OmniTrainConfig(TrainConfig):
     """Training of an omni model."""
 
     freeze_encoder: bool = Field(
-        False, description="Whether the encoders keep their weights and their projectors learn."
+        default=False, description="Whether the encoders keep their weights and their projectors learn."
     )
-    freeze_encoder_all: bool = Field(False, description="Whether the encoders and their projectors keep their weights.")
-    freeze_decoder: bool = Field(False, description="Whether the decoders keep their weights.")
-    freeze_foundation: bool = Field(False, description="Whether the foundation model keeps its weights.")
+    freeze_encoder_all: bool = Field(
+        default=False, description="Whether the encoders and their projectors keep their weights."
+    )
+    freeze_decoder: bool = Field(default=False, description="Whether the decoders keep their weights.")
+    freeze_foundation: bool = Field(default=False, description="Whether the foundation model keeps its weights.")
     save_initial_model: bool = Field(
-        False, description="Whether the model is exported before the first step, as a Hugging Face folder."
+        default=False, description="Whether the model is exported before the first step, as a Hugging Face folder."
     )
 
 
@@ -59,7 +67,7 @@ class OmniRecipeConfig(RecipeConfig):
 class VLTrainConfig(TrainConfig):
     """Training of a vision-language model."""
 
-    freeze_vit: bool = Field(False, description="Whether the vision encoder keeps its weights.")
+    freeze_vit: bool = Field(default=False, description="Whether the vision encoder keeps its weights.")
 
 
 class VLRecipeConfig(RecipeConfig):

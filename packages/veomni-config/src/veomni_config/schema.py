@@ -47,7 +47,7 @@ class ConfigKey:
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
     """The section that a field of this annotation holds, None for a field that holds a value."""
-    for part in (annotation, *get_args(annotation)):
+    for part in _arms(annotation):
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part
     return None

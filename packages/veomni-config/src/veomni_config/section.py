@@ -16,7 +16,7 @@ RULES_LATER = {"rules": "later"}  # validation context of parse_args, which tell
 # the reference system's files may write null for these
 Names: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(lambda value: () if value is None else value)]
 Switch: TypeAlias = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
-Mapping: TypeAlias = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+AnyKeys: TypeAlias = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 def rule(*keys: str) -> Callable[[RuleT], RuleT]:

@@ -24,147 +24,172 @@ class TrainConfig(Section):
     output_dir: Annotated[Path, BeforeValidator(_not_empty)] = Field(
         description="Run folder: resolved configuration, metrics, checkpoints and exported weights go there."
     )
-    vit_lr: float = Field(5e-5, ge=0, description="Peak learning rate of the vision encoder.")
+    vit_lr: float = Field(default=5e-5, ge=0, description="Peak learning rate of the vision encoder.")
     train_architecture: Literal["full", "lora"] = Field(
-        "full", description="Whether all weights are trained, or low-rank adapters beside them."
+        default="full", description="Whether all weights are trained, or low-rank adapters beside them."
     )
-    lr: float = Field(5e-5, ge=0, description="Peak learning rate.")
-    lr_min: float = Field(1e-7, ge=0, description="Learning rate at the end of the decay.")
-    lr_start: float = Field(0.0, ge=0, description="Learning rate at the first step of the warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, a factor of the learning rate.")
-    no_decay_modules: Names = Field((), description="Class names of modules whose parameters do not decay.")
-    no_decay_params: Names = Field((), description="Parts of parameter names that do not decay.")
+    lr: float = Field(default=5e-5, ge=0, description="Peak learning rate.")
+    lr_min: float = Field(default=1e-7, ge=0, description="Learning rate at the end of the decay.")
+    lr_start: float = Field(default=0.0, ge=0, description="Learning rate at the first step of the warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay, a factor of the learning rate.")
+    no_decay_modules: Names = Field(default=(), description="Class names of modules whose parameters do not decay.")
+    no_decay_params: Names = Field(default=(), description="Parts of parameter names that do not decay.")
     optimizer: Literal["adamw", "anyprecision_adamw"] = Field(
-        "adamw", description="`adamw`, or `anyprecision_adamw` with its states in bfloat16."
+        default="adamw", description="`adamw`, or `anyprecision_adamw` with its states in bfloat16."
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="Norm that the gradient of all parameters is clipped to.")
-    micro_batch_size: int = Field(1, ge=1, description="Rows of a forward pass on each data-parallel rank.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Norm that the gradient of all parameters is clipped to."
+    )
+    micro_batch_size: int = Field(default=1, ge=1, description="Rows of a forward pass on each data-parallel rank.")
     global_batch_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Rows of an optimizer step over all ranks; null is `micro_batch_size` times the data-parallel "
         "size.",
     )
-    num_train_epochs: int = Field(1, ge=1, description="Passes over the training data.")
+    num_train_epochs: int = Field(default=1, ge=1, description="Passes over the training data.")
     rmpad: bool = Field(
-        True, description="Whether samples are packed into rows, described by cumulative lengths (`cu_seq_lens`)."
+        default=True,
+        description="Whether samples are packed into rows, described by cumulative lengths (`cu_seq_lens`).",
     )
     rmpad_with_pos_ids: bool = Field(
-        False, description="Whether samples are packed into rows, described by position ids that restart."
+        default=False, description="Whether samples are packed into rows, described by position ids that restart."
     )
     dyn_bsz: bool = Field(
-        True,
+        default=True,
         description="Whether a micro-batch is filled to a budget of `micro_batch_size` times `data.max_seq_len` tokens "
         "instead of a number of samples; without `rmpad` and `rmpad_with_pos_ids` it is padded, not packed.",
     )
-    dyn_bsz_margin: int = Field(0, ge=0, description="Tokens of the budget of a micro-batch that may stay unused.")
-    dyn_bsz_runtime: Literal["main", "worker"] = Field(
-        "worker", description="Whether micro-batches are filled in the main process or in the loader's workers."
+    dyn_bsz_margin: int = Field(
+        default=0, ge=0, description="Tokens of the budget of a micro-batch that may stay unused."
     )
-    dyn_bsz_buffer_size: int = Field(200, ge=1, description="Samples that packing looks ahead.")
+    dyn_bsz_runtime: Literal["main", "worker"] = Field(
+        default="worker", description="Whether micro-batches are filled in the main process or in the loader's workers."
+    )
+    dyn_bsz_buffer_size: int = Field(default=200, ge=1, description="Samples that packing looks ahead.")
     bsz_warmup_ratio: float = Field(
-        0.0, ge=0, le=1, description="Share of the steps during which the token budget grows, from 0 to 1."
+        default=0.0, ge=0, le=1, description="Share of the steps during which the token budget grows, from 0 to 1."
     )
     bsz_warmup_init_mbtoken: int = Field(
-        200, ge=1, description="Token budget of a micro-batch at the start of that growth."
+        default=200, ge=1, description="Token budget of a micro-batch at the start of that growth."
     )
     lr_warmup_ratio: float = Field(
-        0.0, ge=0, le=1, description="Share of the steps during which the learning rate rises, from 0 to 1."
+        default=0.0, ge=0, le=1, description="Share of the steps during which the learning rate rises, from 0 to 1."
     )
     lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How the learning rate goes from its peak to `train.lr_min`."
+        default="constant", description="How the learning rate goes from its peak to `train.lr_min`."
     )
     lr_decay_ratio: float = Field(
-        1.0, gt=0, le=1, description="Share of the steps after which the decay is complete, from 0 to 1."
+        default=1.0, gt=0, le=1, description="Share of the steps after which the decay is complete, from 0 to 1."
     )
-    enable_mixed_precision: bool = Field(True, description="Whether bfloat16 computes, on float32 master weights.")
+    enable_mixed_precision: bool = Field(
+        default=True, description="Whether bfloat16 computes, on float32 master weights."
+    )
     enable_gradient_checkpointing: bool = Field(
-        True, description="Whether activations are computed again in the backward pass, to save memory."
+        default=True, description="Whether activations are computed again in the backward pass, to save memory."
     )
-    enable_reentrant: bool = Field(False, description="Whether gradient checkpointing is torch's reentrant one.")
+    enable_reentrant: bool = Field(
+        default=False, description="Whether gradient checkpointing is torch's reentrant one."
+    )
     enable_full_shard: bool = Field(
-        True, description="Whether FSDP frees the whole parameters after the forward pass (ZeRO-3), or not (ZeRO-2)."
+        default=True,
+        description="Whether FSDP frees the whole parameters after the forward pass (ZeRO-3), or not (ZeRO-2).",
     )
     enable_forward_prefetch: bool = Field(
-        True, description="Whether FSDP gathers the next unit's parameters while this one computes."
+        default=True, description="Whether FSDP gathers the next unit's parameters while this one computes."
     )
     enable_fsdp_offload: bool = Field(
-        False, description="Whether FSDP keeps parameters, gradients and optimizer states in host memory."
+        default=False, description="Whether FSDP keeps parameters, gradients and optimizer states in host memory."
     )
     enable_activation_offload: bool = Field(
-        False, description="Whether activations wait in host memory for the backward pass."
+        default=False, description="Whether activations wait in host memory for the backward pass."
     )
     activation_gpu_limit: float = Field(
-        0.0, ge=0, description="Activations that stay on the device all the same, in GB."
+        default=0.0, ge=0, description="Activations that stay on the device all the same, in GB."
     )
     init_device: Literal["cpu", "cuda", "meta", "npu"] = Field(
-        "cuda",
+        default="cuda",
         description="Where weights are first made: `cpu` in host memory; `cuda` and `npu` on the device of the run, "
         "whichever that is; `meta` nowhere until the model is sharded, then on each rank its shard.",
     )
     broadcast_model_weights_from_rank0: bool = Field(
-        True, description="Whether one rank reads pretrained weights from the disk and sends them to the others."
+        default=True,
+        description="Whether one rank reads pretrained weights from the disk and sends them to the others.",
     )
     enable_full_determinism: bool = Field(
-        False, description="Whether only deterministic kernels are used, so that a run repeats bit by bit."
+        default=False, description="Whether only deterministic kernels are used, so that a run repeats bit by bit."
     )
     empty_cache_steps: int = Field(
-        500, ge=0, description="Steps between two releases of cached device memory; 0 for never."
+        default=500, ge=0, description="Steps between two releases of cached device memory; 0 for never."
     )
     gc_steps: int = Field(
-        500,
+        default=500,
         ge=0,
         description="Steps between two collections of Python's garbage, made on all ranks at once; 0 leaves it to "
         "Python.",
     )
     data_parallel_mode: Literal["ddp", "fsdp1", "fsdp2"] = Field(
-        "ddp", description="Whether ranks hold whole copies of the model (`ddp`), or shards of it."
+        default="ddp", description="Whether ranks hold whole copies of the model (`ddp`), or shards of it."
     )
     data_parallel_replicate_size: DerivedSize = Field(
-        -1, description="Copies of the sharded model (HSDP); -1 follows from the other sizes."
+        default=-1, description="Copies of the sharded model (HSDP); -1 follows from the other sizes."
     )
     data_parallel_shard_size: DerivedSize = Field(
-        -1, description="Data-parallel ranks that share one copy of the model; -1 follows from the other sizes."
+        default=-1, description="Data-parallel ranks that share one copy of the model; -1 follows from the other sizes."
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="Ranks that split each matrix.")
-    expert_parallel_size: int = Field(1, ge=1, description="Ranks that the experts are dealt to.")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="Ranks that split each matrix.")
+    expert_parallel_size: int = Field(default=1, ge=1, description="Ranks that the experts are dealt to.")
     ep_outside: bool = Field(
-        False, description="Whether the ranks of an expert group lie far apart, with their FSDP shards close together."
+        default=False,
+        description="Whether the ranks of an expert group lie far apart, with their FSDP shards close together.",
     )
-    pipeline_parallel_size: int = Field(1, ge=1, le=1, description="Ranks that split the layers; only 1 so far.")
+    pipeline_parallel_size: int = Field(
+        default=1, ge=1, le=1, description="Ranks that split the layers; only 1 so far."
+    )
     ulysses_parallel_size: int = Field(
-        1, ge=1, description="Ranks that split the rows of a batch along the sequence, and heads within attention."
+        default=1,
+        ge=1,
+        description="Ranks that split the rows of a batch along the sequence, and heads within attention.",
     )
-    context_parallel_size: int = Field(1, ge=1, le=1, description="Ranks of ring attention; only 1 so far.")
-    ckpt_manager: Literal["dcp"] = Field("dcp", description="Format of checkpoints: torch's distributed checkpoint.")
-    save_async: bool = Field(False, description="Whether checkpoints are written while training goes on.")
+    context_parallel_size: int = Field(default=1, ge=1, le=1, description="Ranks of ring attention; only 1 so far.")
+    ckpt_manager: Literal["dcp"] = Field(
+        default="dcp", description="Format of checkpoints: torch's distributed checkpoint."
+    )
+    save_async: bool = Field(default=False, description="Whether checkpoints are written while training goes on.")
     load_checkpoint_path: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Checkpoint that the run resumes from: a path, or `auto` for the newest complete one of "
         "`train.output_dir`, if any; null starts anew.",
     )
-    save_steps: int = Field(0, ge=0, description="Steps between two checkpoints; 0 for none between epochs.")
-    save_epochs: int = Field(1, ge=0, description="Epochs between two checkpoints; 0 for none at their ends.")
+    save_steps: int = Field(default=0, ge=0, description="Steps between two checkpoints; 0 for none between epochs.")
+    save_epochs: int = Field(default=1, ge=0, description="Epochs between two checkpoints; 0 for none at their ends.")
     save_hf_weights: bool = Field(
-        True, description="Whether the last checkpoint is exported as a Hugging Face folder at the end."
+        default=True, description="Whether the last checkpoint is exported as a Hugging Face folder at the end."
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of weights, data order and dropout.")
-    enable_compile: bool = Field(False, description="Whether the model's blocks are compiled by `torch.compile`.")
-    use_wandb: bool = Field(False, description="Whether metrics are sent to Weights & Biases.")
-    wandb_project: str = Field("VeOmni", min_length=1, description="Project of the run at Weights & Biases.")
-    wandb_name: str | None = Field(None, description="Name of the run at Weights & Biases; null lets it choose.")
-    enable_profiling: bool = Field(False, description="Whether a few steps are traced by torch's profiler.")
-    profile_start_step: int = Field(1, ge=0, description="First step that is traced.")
-    profile_end_step: int = Field(2, ge=1, description="Step at which tracing ends.")
-    profile_trace_dir: str = Field("./trace", min_length=1, description="Folder of the traces.")
-    profile_record_shapes: bool = Field(True, description="Whether the traces hold the shapes of tensors.")
-    profile_profile_memory: bool = Field(True, description="Whether the traces hold allocations of memory.")
-    profile_with_stack: bool = Field(True, description="Whether the traces hold lines of Python code.")
-    profile_rank0_only: bool = Field(True, description="Whether only rank 0 is traced.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps of an epoch at most; null for no limit.")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of weights, data order and dropout.")
+    enable_compile: bool = Field(
+        default=False, description="Whether the model's blocks are compiled by `torch.compile`."
+    )
+    use_wandb: bool = Field(default=False, description="Whether metrics are sent to Weights & Biases.")
+    wandb_project: str = Field(default="VeOmni", min_length=1, description="Project of the run at Weights & Biases.")
+    wandb_name: str | None = Field(
+        default=None, description="Name of the run at Weights & Biases; null lets it choose."
+    )
+    enable_profiling: bool = Field(default=False, description="Whether a few steps are traced by torch's profiler.")
+    profile_start_step: int = Field(default=1, ge=0, description="First step that is traced.")
+    profile_end_step: int = Field(default=2, ge=1, description="Step at which tracing ends.")
+    profile_trace_dir: str = Field(default="./trace", min_length=1, description="Folder of the traces.")
+    profile_record_shapes: bool = Field(default=True, description="Whether the traces hold the shapes of tensors.")
+    profile_profile_memory: bool = Field(default=True, description="Whether the traces hold allocations of memory.")
+    profile_with_stack: bool = Field(default=True, description="Whether the traces hold lines of Python code.")
+    profile_rank0_only: bool = Field(default=True, description="Whether only rank 0 is traced.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps of an epoch at most; null for no limit."
+    )
     async_enabled: Switch = Field(
-        False, description="Whether the exchange between Ulysses ranks overlaps with the projections of attention."
+        default=False,
+        description="Whether the exchange between Ulysses ranks overlaps with the projections of attention.",
     )
 
     def parallel_sizes(self) -> dict[str, int]:

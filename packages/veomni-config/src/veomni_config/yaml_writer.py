@@ -40,6 +40,8 @@ def plain_config(config: BaseModel) -> dict[str, Any]:
 
 def plain_value(value: Any) -> Any:
     """`value` made of dictionaries, lists and scalars alone."""
+    if isinstance(value, BaseModel):
+        value = dict(value)
     if isinstance(value, dict):
         return {key: plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

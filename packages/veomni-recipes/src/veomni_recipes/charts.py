@@ -64,13 +64,13 @@ def draw_answers(
 
 
 def _choose(answers: Sequence[Answer], count: int) -> list[Answer]:
-    """The same number of every task, each task's errors first but never more than half of its places."""
+    """The same number of every task, each task's errors first but on no more than a third of its places."""
     tasks = list(dict.fromkeys(answer.task for answer in answers))
     chosen: list[Answer] = []
     for i, task in enumerate(tasks):
         places = (count - len(chosen)) // (len(tasks) - i)
         own = [a for a in answers if a.task == task]
-        wrong = [a for a in own if not a.right][: places // 2]
+        wrong = [a for a in own if not a.right][: places // 3]
         chosen += wrong + [a for a in own if a.right][: places - len(wrong)]
     return chosen
 
