@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
 
 def plan_for(model: nn.Module) -> dict[str, list[str]]:
-    """`shard_units`: class names of the blocks that transformers never splits, of this model and its parts."""
+    """How to shard a model: `shard_units` are the class names of its repeated blocks.
+
+    They are those that transformers itself never splits, of this model and of the models in it, and that occur more
+    than once: a unit that occurs once is gathered with what stands around it.
+    """
     names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
-    present = {type(module).__name__ for module in model.modules()}
-    return {"shard_units": sorted(names & present)}
+    counts = Counter(type(module).__name__ for module in model.modules())
+    return {"shard_units": sorted(name for name in names if counts[name] > 1)}

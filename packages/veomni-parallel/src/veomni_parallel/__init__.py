@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from veomni_parallel.errors import ParallelError
 from veomni_parallel.gradient_norm import clip_grad_norm_
 from veomni_parallel.gradient_sync import gradient_sync
 from veomni_parallel.loss_scale import count_targets, global_sum, loss_scale
@@ -14,6 +15,7 @@ from veomni_parallel.ulysses_transformers import apply_ulysses, plain_attention
 
 __all__ = [
     "MixedPrecision",
+    "ParallelError",
     "ParallelPlan",
     "ParallelSizes",
     "ParallelState",

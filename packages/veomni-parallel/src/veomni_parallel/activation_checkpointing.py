@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from veomni_parallel.errors import ParallelError
+
 
 def checkpoint_activations(block: nn.Module) -> None:
     """Make `block` keep only its inputs in training and run its forward again in backward.
@@ -17,7 +19,7 @@ def checkpoint_activations(block: nn.Module) -> None:
     sharding, so that the gathering of parameters lies outside of what is recomputed.
 
     Raises:
-        ValueError: at a forward in training that hands the block a key-value cache, which would be filled twice.
+        ParallelError: at a forward in training that hands the block a key-value cache, which would be filled twice.
     """
     forward, title = block.forward, type(block).__name__  # FSDP renames the class
 
@@ -26,7 +28,7 @@ def checkpoint_activations(block: nn.Module) -> None:
         if not (block.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         if kwargs.get("past_key_values") is not None:
-            raise ValueError(
+            raise ParallelError(
                 f"{title} is recomputed in backward (activation_checkpointing) and would fill its"
                 " key-value cache twice: call the model with use_cache=False."
             )

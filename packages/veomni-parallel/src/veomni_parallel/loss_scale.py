@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from veomni_parallel.errors import ParallelError
 from veomni_parallel.mesh import Mesh, ParallelState
 
 T = TypeVar("T", int, float, torch.Tensor)
@@ -44,12 +45,12 @@ def count_targets(micro_batches: Iterable[Mapping[str, Any]]) -> int:
     Call it before a row is sliced over Ulysses ranks, and sum the result over `state.dp`.
 
     Raises:
-        ValueError: a micro-batch has no `shift_labels`.
+        ParallelError: a micro-batch has no `shift_labels`.
     """
     count = 0
     for index, batch in enumerate(micro_batches):
         if "shift_labels" not in batch:
-            raise ValueError(
+            raise ParallelError(
                 f'Micro-batch {index} has no "shift_labels" (the target of each position, -100 where there is none);'
                 f" it has {sorted(batch)}."
             )

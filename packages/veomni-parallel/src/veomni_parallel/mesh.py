@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from veomni_parallel.errors import ParallelError
+
 
 @dataclass(frozen=True)
 class ParallelSizes:
@@ -31,26 +33,28 @@ def resolve_sizes(world_size: int, dp_replicate: int = 1, dp_shard: int = -1, ul
     world_size = dp_replicate x dp_shard x ulysses; at most one of the three is -1 and is derived from the others.
 
     Raises:
-        ValueError: a size is neither positive nor -1, several are -1, or the product is not `world_size`.
+        ParallelError: a size is neither positive nor -1, several are -1, or the product is not `world_size`.
     """
     sizes = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "ulysses": ulysses}
     given = f"world_size={world_size}, " + ", ".join(f"{name}={size}" for name, size in sizes.items())
     if world_size < 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"Parallel sizes are positive integers (or -1 to derive one): {given}.")
+        raise ParallelError(f"Parallel sizes are positive integers (or -1 to derive one): {given}.")
     derived = [name for name, size in sizes.items() if size == -1]
     if len(derived) > 1:
-        raise ValueError(f"Only one parallel size can be derived, but {' and '.join(derived)} are -1: {given}.")
+        raise ParallelError(f"Only one parallel size can be derived, but {' and '.join(derived)} are -1: {given}.")
     product = 1
     for size in sizes.values():
         product *= max(size, 1)
     if derived:
         if world_size % product:
-            raise ValueError(
+            raise ParallelError(
                 f"{product} ranks of the given sizes do not divide the world, so {derived[0]}=-1 has no value: {given}."
             )
         sizes[derived[0]] = world_size // product
     elif product != world_size:
-        raise ValueError(f"dp_replicate x dp_shard x ulysses = {product} ranks, but there are {world_size}: {given}.")
+        raise ParallelError(
+            f"dp_replicate x dp_shard x ulysses = {product} ranks, but there are {world_size}: {given}."
+        )
     return ParallelSizes(world_size, **sizes)
 
 
@@ -133,7 +137,7 @@ def init_parallel_state(
         device_type: "cpu", "cuda", ...; None: "cpu" under gloo, otherwise the accelerator that torch finds.
 
     Raises:
-        ValueError: the sizes do not fit the number of ranks.
+        ParallelError: the sizes do not fit the number of ranks.
     """
     distributed = dist.is_available() and dist.is_initialized()
     if device_type is None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from veomni_parallel.errors import ParallelError
+
 
 @dataclass(frozen=True)
 class MixedPrecision:
@@ -24,13 +26,13 @@ def resolve_mixed_precision(given: str | MixedPrecision | None) -> MixedPrecisio
     """None, "bf16" or a `MixedPrecision`, as a `MixedPrecision` or None.
 
     Raises:
-        ValueError: any other string.
+        ParallelError: any other string.
     """
     if given == "bf16":
         return MixedPrecision()
     if given is None or isinstance(given, MixedPrecision):
         return given
-    raise ValueError(f'mixed_precision={given!r} is none of None, "bf16" or a MixedPrecision.')
+    raise ParallelError(f'mixed_precision={given!r} is none of None, "bf16" or a MixedPrecision.')
 
 
 def autocast_forward(model: nn.Module, dtype: torch.dtype, device_type: str) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from veomni_parallel.activation_checkpointing import checkpoint_activations
+from veomni_parallel.errors import ParallelError
 from veomni_parallel.mesh import LocalMesh, ParallelState
 from veomni_parallel.mixed_precision import MixedPrecision, autocast_forward, resolve_mixed_precision
 from veomni_parallel.plan import ParallelPlan, find_shard_units, find_whole_modules
@@ -61,24 +62,24 @@ def build_parallelize_model(
         forward_prefetch: gather the next unit's parameters while this one computes.
 
     Raises:
-        ValueError: an unknown option, a model on meta for ddp or fsdp1, a model that is wrapped already, a plan that
+        ParallelError: an unknown option, a model on meta for ddp or fsdp1, a model that is wrapped already, a plan that
             names what the model does not have, or heads that Ulysses cannot divide.
     """
     if mode not in ("fsdp2", "fsdp1", "ddp"):
-        raise ValueError(f'mode={mode!r} is none of "fsdp2", "fsdp1" and "ddp".')
+        raise ParallelError(f'mode={mode!r} is none of "fsdp2", "fsdp1" and "ddp".')
     if activation_checkpointing not in (None, "full"):
-        raise ValueError(f'activation_checkpointing={activation_checkpointing!r} is neither None nor "full".')
+        raise ParallelError(f'activation_checkpointing={activation_checkpointing!r} is neither None nor "full".')
     if isinstance(model, FSDPModule | FullyShardedDataParallel | DistributedDataParallel):
-        raise ValueError(f"The model is wrapped already ({type(model).__name__}); hand over the plain module.")
+        raise ParallelError(f"The model is wrapped already ({type(model).__name__}); hand over the plain module.")
     precision = resolve_mixed_precision(mixed_precision)
     plan = plan or ParallelPlan()
     if mode != "fsdp2" and (on_meta := [name for name, p in model.named_parameters() if p.is_meta]):
-        raise ValueError(
+        raise ParallelError(
             f'mode="{mode}" needs a model with weights, but {len(on_meta)} parameters are on the meta device (the first'
             f' is {on_meta[0]}): build it on a real device, or use mode="fsdp2".'
         )
     if mode == "fsdp1" and plan.no_shard:
-        raise ValueError('ParallelPlan.no_shard is for mode="fsdp2"; mode="fsdp1" shards every parameter.')
+        raise ParallelError('ParallelPlan.no_shard is for mode="fsdp2"; mode="fsdp1" shards every parameter.')
 
     units, whole = find_shard_units(model, plan), find_whole_modules(model, plan)
     if state.sp.size() > 1:

@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from veomni_parallel.errors import ParallelError
+
 
 @dataclass(frozen=True)
 class ParallelPlan:
@@ -26,12 +28,12 @@ def find_shard_units(model: nn.Module, plan: ParallelPlan) -> dict[str, nn.Modul
     repeated blocks: the children of each `ModuleList` that holds two or more of one class (outermost lists only).
 
     Raises:
-        ValueError: the plan names a class of which the model has no module.
+        ParallelError: the plan names a class of which the model has no module.
     """
     if plan.shard_units is not None:
         names = set(plan.shard_units)
         if missing := names - {type(module).__name__ for module in model.modules()}:
-            raise ValueError(
+            raise ParallelError(
                 f"ParallelPlan.shard_units names {sorted(missing)}, but {type(model).__name__} has no such module."
             )
     else:
@@ -54,12 +56,14 @@ def find_whole_modules(model: nn.Module, plan: ParallelPlan) -> dict[str, nn.Mod
     """The outermost modules that the plan's `no_shard` globs name.
 
     Raises:
-        ValueError: a glob matches no module.
+        ParallelError: a glob matches no module.
     """
     whole: dict[str, nn.Module] = {}
     for glob in plan.no_shard:
         found = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, glob)}
         if not found:
-            raise ValueError(f"ParallelPlan.no_shard has {glob!r}, which matches no module of {type(model).__name__}.")
+            raise ParallelError(
+                f"ParallelPlan.no_shard: {glob!r} matches no module of {type(model).__name__}."
+            )
         whole |= found
     return {name: m for name, m in whole.items() if not any(name.startswith(other + ".") for other in whole)}

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from veomni_parallel.errors import ParallelError
+
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # counts calls of `ulysses_attention` inside one watched forward; unset otherwise
@@ -76,7 +78,7 @@ def ulysses_attention(
         [B, H, S/P, Dv], this rank's tokens.
 
     Raises:
-        ValueError: P does not divide H.
+        ParallelError: P does not divide H.
     """
     if (calls := _calls.get()) is not None:
         calls.append(1)
@@ -85,7 +87,7 @@ def ulysses_attention(
         return attn(q, k, v)
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads % ranks:
-        raise ValueError(f"{heads} attention heads cannot be divided over {ranks} Ulysses ranks.")
+        raise ParallelError(f"{heads} attention heads cannot be divided over {ranks} Ulysses ranks.")
     repeats = ranks // math.gcd(kv_heads, ranks)
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veomni_parallel.errors import ParallelError
 from veomni_parallel.mesh import Mesh
 from veomni_parallel.ulysses import ulysses_attention
 
@@ -60,7 +61,7 @@ def apply_ulysses(model: nn.Module, mesh: Mesh) -> None:
     decoder: then `inputs_embeds` and `position_ids` are sliced there, and labels are expected sliced.
 
     Raises:
-        ValueError: the ranks do not divide the attention heads, a layer mixes tokens in another way than by full or
+        ParallelError: the ranks do not divide the attention heads, a layer mixes tokens in another way than by full or
             sliding causal attention, or the model's attention cannot be exchanged.
         RuntimeError: at the end of the first forward, if an attention module did not call the registered function.
     """
@@ -71,12 +72,12 @@ def apply_ulysses(model: nn.Module, mesh: Mesh) -> None:
     config, title = decoder.config, type(decoder).__name__
     attention = _attention_modules(decoder)
     if config.num_attention_heads % ranks:
-        raise ValueError(
+        raise ParallelError(
             f"{config.num_attention_heads} attention heads (num_attention_heads of {title}) cannot be divided over"
             f" ulysses={ranks} ranks."
         )
     if reason := _unsliceable(decoder, attention):
-        raise ValueError(f"Ulysses cannot slice the rows of {title}: {reason}; use ulysses=1.")
+        raise ParallelError(f"Ulysses cannot slice the rows of {title}: {reason}; use ulysses=1.")
 
     inner = config._attn_implementation
     _register()
@@ -90,7 +91,7 @@ def apply_ulysses(model: nn.Module, mesh: Mesh) -> None:
     )
     decoder.set_attn_implementation(NAME)
     if config._attn_implementation != NAME:
-        raise ValueError(
+        raise ParallelError(
             f"Ulysses cannot slice the rows of {title}: its attention does not go through transformers'"
             " AttentionInterface; use ulysses=1."
         )
@@ -181,23 +182,23 @@ def _slice_row(
     ends, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if ends is None or position_ids is None:
         missing = "cu_seq_lens_q" if ends is None else "position_ids"
-        raise ValueError(
+        raise ParallelError(
             f"Sequence parallelism needs {missing}: call the model with packed rows (cu_seq_lens_q of the whole row and"
             " position_ids that restart for each sample)."
         )
     if kwargs.get("attention_mask") is not None:
-        raise ValueError("Sequence parallelism takes its mask from cu_seq_lens_q; attention_mask must be None.")
+        raise ParallelError("Sequence parallelism takes its mask from cu_seq_lens_q; attention_mask must be None.")
     tokens = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
     length, whole = kwargs[tokens].shape[1], int(ends[-1])
     if length * link.ranks == whole:
         return (), kwargs
     if length != whole:
-        raise ValueError(
+        raise ParallelError(
             f"{tokens} has {length} tokens, but cu_seq_lens_q ends at {whole}: under ulysses={link.ranks} it must be"
             f" the whole row ({whole}) or this rank's slice of it ({whole / link.ranks:g})."
         )
     if whole % link.ranks:
-        raise ValueError(
+        raise ParallelError(
             f"A row of {whole} tokens cannot be sliced over ulysses={link.ranks} ranks: pad it to a multiple."
         )
     part = whole // link.ranks
@@ -207,7 +208,7 @@ def _slice_row(
         kwargs["position_ids"] = position_ids[..., own]
     for name, value in kwargs.items():
         if isinstance(value, torch.Tensor) and value.ndim > 1 and whole in value.shape[1:]:
-            raise ValueError(
+            raise ParallelError(
                 f"{type(decoder).__name__} was handed {name} of the whole row, which Ulysses cannot slice."
             )
     return (), kwargs
@@ -259,7 +260,7 @@ def _mask(link: _Link, module: nn.Module, q: torch.Tensor, kwargs: dict[str, Any
     ends, window, length = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window"), q.shape[2]
     layer_types = getattr(module.config, "layer_types", None)
     if layer_types and layer_types[module.layer_idx] == "sliding_attention" and window is None:
-        raise ValueError(
+        raise ParallelError(
             f"{type(module).__name__} does not tell its attention function the sliding window; use ulysses=1."
         )
     if link.masks_of is not ends:

@@ -28,6 +28,7 @@ from veomni_data import (
 )
 from veomni_models import ModelError, build_omni_model, build_omni_processor, initialize_weights, plan_for
 from veomni_parallel import (
+    ParallelError,
     ParallelPlan,
     build_parallelize_model,
     clip_grad_norm_,
@@ -49,7 +50,7 @@ from veomni_recipes.supported import refuse_without_effect
 from veomni_recipes.weights import freeze_parts, load_parts
 
 
-@ends_with_one_sentence(ConfigError, DataError, ModelError, CheckpointError)
+@ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError)
 def main(argv: list[str] | None = None) -> None:
     """Train, export, and answer the held-out questions."""
     cfg = parse_args(OmniRecipeConfig, argv)
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         model,
         state,
         mode=cfg.train.data_parallel_mode,
-        plan=ParallelPlan(**plan_for(model)),
+        plan=ParallelPlan(shard_units=[*plan_for(model)["shard_units"], *cfg.model.basic_modules]),
         mixed_precision="bf16" if cfg.train.enable_mixed_precision else None,
         reshard_after_forward=cfg.train.enable_full_shard,
         activation_checkpointing="full" if cfg.train.enable_gradient_checkpointing else None,
