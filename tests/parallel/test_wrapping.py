@@ -41,7 +41,7 @@ def test_units_can_be_named() -> None:
             {"plan": ParallelPlan(shard_units=["LlamaBlock"])},
             r"shard_units names \['LlamaBlock'\], but LlamaForCausalLM",
         ),
-        ({"plan": ParallelPlan(no_shard=["towers.*"])}, r"no_shard has 'towers\.\*', which matches no module"),
+        ({"plan": ParallelPlan(no_shard=["towers.*"])}, r"no_shard: 'towers\.\*' matches no module"),
         ({"mode": "fsdp1", "plan": ParallelPlan(no_shard=["model.norm"])}, 'no_shard is for mode="fsdp2"'),
     ],
 )

@@ -62,8 +62,6 @@ def find_whole_modules(model: nn.Module, plan: ParallelPlan) -> dict[str, nn.Mod
     for glob in plan.no_shard:
         found = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, glob)}
         if not found:
-            raise ParallelError(
-                f"ParallelPlan.no_shard: {glob!r} matches no module of {type(model).__name__}."
-            )
+            raise ParallelError(f"ParallelPlan.no_shard: {glob!r} matches no module of {type(model).__name__}.")
         whole |= found
     return {name: m for name, m in whole.items() if not any(name.startswith(other + ".") for other in whole)}

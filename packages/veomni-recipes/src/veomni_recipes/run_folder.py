@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int) -> None:
         """Keep what was written up to `step`, and go on behind it."""
         path = folder / METRICS
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        write_json_lines(path, (line for line in read_metrics(folder) if line["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, float]) -> None:
@@ -47,10 +44,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file that is there whole or not at all."""
+    _write(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """A file of JSON objects, one a line, that is there whole or not at all."""
+    _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -8,6 +8,7 @@ package. To change something, copy the file (it runs from anywhere) and change i
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -45,7 +46,7 @@ from veomni_recipes.evaluation import accuracies, answer_held_out
 from veomni_recipes.launch import ends_with_one_sentence, seconds_since_launch
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
 from veomni_recipes.progress import Display, Progress, count_tokens
-from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json
+from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json, write_json_lines
 from veomni_recipes.supported import refuse_without_effect
 from veomni_recipes.weights import freeze_parts, load_parts
 
@@ -205,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         answers = sorted(chain(*gather(answer_held_out(exported, held_out, own))))
         scores = accuracies(answers)
         if first:
+            write_json_lines(folder / "predictions.jsonl", map(asdict, answers))
             draw_answers(answers, held_out, folder / "predictions.png", scores)
     if first:
         draw_loss(read_metrics(folder), folder / "loss.png")
