@@ -123,16 +123,19 @@ class OwnAttention(nn.Module):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("heads", "ValueError: 3 attention heads (num_attention_heads of LlamaModel) cannot be divided over ulysses=2"),
-        ("bare heads", "ValueError: 3 attention heads cannot be divided over 2"),
+        (
+            "heads",
+            "ParallelError: 3 attention heads (num_attention_heads of LlamaModel) cannot be divided over ulysses=2",
+        ),
+        ("bare heads", "ParallelError: 3 attention heads cannot be divided over 2"),
         ("other layers", "it has layers of type linear_attention"),
         ("layer without attention", "layers.1 has no attention module"),
         ("not exchangeable", "BloomModel: its attention does not go through transformers' AttentionInterface"),
         ("own attention", "RuntimeError: Rows are sliced over 2 Ulysses ranks, but 1 attention modules of LlamaModel"),
         ("own attention", "layers.1.self_attn"),
         ("stranger never calls", "RuntimeError: Rows are sliced over Ulysses ranks, but Stranger did not call"),
-        ("not packed", "ValueError: Sequence parallelism needs cu_seq_lens_q"),
-        ("positions", "ValueError: Sequence parallelism needs position_ids"),
+        ("not packed", "ParallelError: Sequence parallelism needs cu_seq_lens_q"),
+        ("positions", "ParallelError: Sequence parallelism needs position_ids"),
         ("mask", "attention_mask must be None"),
         ("length", "input_ids has 42 tokens, but cu_seq_lens_q ends at 86"),
         ("odd row", "A row of 85 tokens cannot be sliced over ulysses=2"),
