@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, SiglipVisionModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipVisionModel
 from veomni_models import ModelError, OmniModel, build_omni_model, plan_for
 
 from .test_initialization import PARTS
@@ -119,3 +119,47 @@ def test_what_cannot_be_built_is_one_sentence(change: dict[str, object], message
     with pytest.raises(ModelError, match=message) as error:
         build_omni_model(**{**PARTS, **change})
     assert "\n" not in str(error.value)
+
+
+def pretrained(folder: Path) -> dict[str, object]:
+    """A foundation and an encoder whose names on disk are not those in memory, saved as anybody would."""
+    torch.manual_seed(3)
+    sizes = {k: v for k, v in PARTS["foundation"].items() if k != "model_type"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", vocab_size=41, **sizes)).save_pretrained(
+        folder / "text"
+    )
+    sizes = {k: v for k, v in PARTS["encoders"]["image"].items() if k not in ("model_type", "merge_size")}
+    AutoModel.from_config(AutoConfig.for_model("dinov2", **sizes)).save_pretrained(folder / "tower")
+    return {
+        "weights_path": folder / "text",
+        "encoders": {"image": {"model_path": folder / "tower", "merge_size": 2}},
+        "vocab_size": 41,
+        "image_token_id": IMAGE,
+    }
+
+
+def test_parts_start_from_pretrained_folders(tmp_path: Path) -> None:
+    omni = build_omni_model(**pretrained(tmp_path), init_device="cpu", seed=1)
+    for part, plain in (
+        (omni.foundation, AutoModelForCausalLM.from_pretrained(tmp_path / "text")),
+        (omni.encoders["image"], AutoModel.from_pretrained(tmp_path / "tower")),
+    ):
+        assert all(
+            torch.equal(a, b) for a, b in zip(part.state_dict().values(), plain.state_dict().values(), strict=True)
+        )
+    again = build_omni_model(**pretrained(tmp_path), init_device="cpu", seed=2)
+    assert not torch.equal(omni.projectors["image"].up.weight, again.projectors["image"].up.weight)
+
+
+def test_a_saved_omni_model_is_built_again_from_its_folder(tmp_path: Path) -> None:
+    omni = model(seed=5)
+    omni.save_pretrained(tmp_path)
+    again = build_omni_model(weights_path=tmp_path, vocab_size=41, image_token_id=IMAGE, init_device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(omni.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    parts = pretrained(tmp_path)
+    parts["encoders"] = {"image": {"model_path": tmp_path / "tower", "merge_size": 2, "num_hidden_layers": 3}}
+    with pytest.raises(ModelError, match=r"model.encoders.image: .*tower lacks 18 weights of the model"):
+        build_omni_model(**parts, init_device="cpu")

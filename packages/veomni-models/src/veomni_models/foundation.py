@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from veomni_models.errors import ModelError
 from veomni_models.initialization import initialize_weights
 from veomni_models.segment_attention import register_segment_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-class ModelError(ValueError):
-    """A model cannot be built from what was given; the message is one sentence that names it."""
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] = {}) -> PreTrainedConfig:
@@ -37,12 +34,12 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] = {}) -> P
         try:
             return AutoConfig.for_model(kind, **keys)
         except Exception as error:
-            raise ModelError(f"no config of model_type {kind!r} can be made from {keys}: {_sentence(error)}") from error
+            raise ModelError(f"no config of model_type {kind!r} can be made from {keys}: {one_line(error)}") from error
     _check_folder(path, "config.json")
     try:
         return AutoConfig.from_pretrained(path, **keys)
     except Exception as error:
-        raise ModelError(f"{path}/config.json cannot be read as a model config: {_sentence(error)}") from error
+        raise ModelError(f"{path}/config.json cannot be read as a model config: {one_line(error)}") from error
 
 
 def attention_for(attn_implementation: str | None) -> str | None:
@@ -112,7 +109,7 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise ModelError(f"{path} holds no tokenizer that can be loaded: {_sentence(error)}") from error
+        raise ModelError(f"{path} holds no tokenizer that can be loaded: {one_line(error)}") from error
 
 
 def _check_folder(path: str | Path, file: str) -> None:
@@ -122,7 +119,7 @@ def _check_folder(path: str | Path, file: str) -> None:
         raise ModelError(f"{path} has no {file}, so it is not a folder that save_pretrained wrote")
 
 
-def _sentence(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The first line of an error's message, short enough for one sentence of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

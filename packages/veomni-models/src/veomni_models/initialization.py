@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from veomni_models.errors import ModelError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -39,6 +41,35 @@ def initialize_weights(model: PreTrainedModel, seed: int, device: torch.device |
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         _visit(model, model)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy the parameters and saved buffers of a whole model into one of the same names that may be sharded.
+
+    Every rank has the whole `source`, and keeps its part; nothing is communicated.
+
+    Raises:
+        ModelError: a tensor of the target has no counterpart of its shape.
+    """
+    values, persistent = dict(source.named_parameters()) | dict(source.named_buffers()), source.state_dict()
+    for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+        if name not in persistent and name in values:
+            continue
+        if name not in values or values[name].shape != tensor.shape:
+            raise ModelError(
+                f"{type(source).__name__} has no {name} of shape {list(tensor.shape)}, which is to be filled"
+            )
+        _keep_own_part(values[name].detach().to(tensor.device, tensor.dtype), tensor)
+
+
+def _keep_own_part(whole: torch.Tensor, target: torch.Tensor) -> None:
+    if isinstance(target, DTensor):
+        # no source rank: every rank has the same whole tensor, so nothing is sent
+        part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(part.to_local())
+    else:
+        target.copy_(whole)
 
 
 def _visit(module: nn.Module, owner: PreTrainedModel) -> None:
@@ -74,6 +105,4 @@ def _whole_parameters(module: nn.Module, recurse: bool) -> Iterator[None]:
         for m, name, p in sharded:
             setattr(m, name, p)
     for p, whole in wholes.items():
-        # no source rank: every rank drew the same tensor, so nothing is sent
-        part = distribute_tensor(whole.data, p.device_mesh, p.placements, src_data_rank=None)
-        p.to_local().copy_(part.to_local())
+        _keep_own_part(whole.data, p)

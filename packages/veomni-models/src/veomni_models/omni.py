@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from veomni_models.foundation import ModelError, attention_for, load_config
-from veomni_models.initialization import initialize_weights
+from veomni_models.errors import ModelError
+from veomni_models.foundation import attention_for, load_config, one_line
+from veomni_models.initialization import copy_weights, initialize_weights
 from veomni_models.projectors import MLPProjector
 
 _PIXELS = {"image": "pixel_values"}  # the argument that carries a modality's inputs
@@ -240,7 +241,8 @@ def build_omni_model(
 
     Args:
         path: config folder of the foundation model, or of a saved omni model, which then says all of its parts.
-        weights_path: folder with the weights of the foundation or of the saved omni model.
+        weights_path: folder with the weights of the foundation or of the saved omni model. They (and those of encoders
+            with a `model_path`) are loaded here unless `init_device` is meta; then load them when the model is sharded.
         foundation: keys of the foundation's config that replace the folder's, or make it, with `model_type`.
         encoders: for each modality the keys `config_path`, `model_path` (weights), `merge_size`, and keys of the
             encoder's config that replace the folder's, or make it, with `model_type`.
@@ -270,7 +272,40 @@ def build_omni_model(
         model = OmniModel._from_config(config, dtype=torch_dtype, attn_implementation=attention)
     if init_device != "meta":
         initialize_weights(model, seed, init_device)
+        if weights_path is not None:
+            saved, part = (OmniModel, model) if _is_omni(weights_path) else (AutoModelForCausalLM, model.foundation)
+            copy_weights(_from_pretrained(saved, weights_path, part.config), part)
+        load_encoders(model, encoders)
     return model.train()
+
+
+def load_encoders(model: OmniModel, encoders: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Fill the encoders that have a `model_path` with its weights, by transformers' own loader.
+
+    The model may be sharded: each rank reads the whole encoder into host memory and keeps its part.
+
+    Raises:
+        ModelError: the folder's weights cannot be read, or are not those of this encoder.
+    """
+    for modality, keys in encoders.items():
+        if keys.get("model_path") is not None:
+            encoder = model.encoders[modality]
+            try:
+                copy_weights(_from_pretrained(AutoModel, keys["model_path"], encoder.config), encoder)
+            except ModelError as error:
+                raise ModelError(f"model.encoders.{modality}: {error}") from error
+
+
+def _from_pretrained(cls: Any, folder: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """A whole model on the CPU; ModelError if the folder lacks any of its weights."""
+    try:
+        model, report = cls.from_pretrained(folder, config=config, output_loading_info=True)
+    except Exception as error:
+        raise ModelError(f"{folder}: its weights cannot be loaded: {one_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"{folder} lacks {len(missing)} weights of the model, {missing[0]} among them")
+    return model
 
 
 def _is_omni(folder: str | Path | None) -> bool:

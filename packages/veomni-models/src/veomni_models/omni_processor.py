@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SiglipImageProcessor
 
-from veomni_models.foundation import ModelError, build_tokenizer
+from veomni_models.errors import ModelError
+from veomni_models.foundation import build_tokenizer
 from veomni_models.omni import _encoder_config, _is_omni, register_omni_model, tokens_per_picture
 
 

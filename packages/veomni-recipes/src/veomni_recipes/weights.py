@@ -7,7 +7,7 @@ from pathlib import Path
 
 from veomni_ckpt import load_pretrained
 from veomni_config import ModelConfig, OmniTrainConfig
-from veomni_models import OmniConfig, OmniModel
+from veomni_models import OmniConfig, OmniModel, load_encoders
 
 
 def freeze_parts(model: OmniModel, train: OmniTrainConfig) -> None:
@@ -21,10 +21,8 @@ def freeze_parts(model: OmniModel, train: OmniTrainConfig) -> None:
 
 
 def load_parts(model: OmniModel, cfg: ModelConfig) -> None:
-    """Fill the parts whose `model_path` the configuration names: the whole model or its foundation, and encoders."""
+    """Fill the parts of a sharded model whose `model_path` the configuration names: all or the foundation, encoders."""
     if cfg.model_path is not None:
         kind = json.loads((Path(cfg.model_path) / "config.json").read_text(encoding="utf-8")).get("model_type")
         load_pretrained(model if kind == OmniConfig.model_type else model.foundation, cfg.model_path)
-    for modality, encoder in cfg.encoders.items():
-        if encoder.get("model_path"):
-            load_pretrained(model.encoders[modality], encoder["model_path"])
+    load_encoders(model, cfg.encoders)

@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         group=state.dp.get_group(),
     )
 
-    # model: meta -> sharded -> weights, so that no rank ever holds all of it
+    # model: meta -> sharded -> weights, so that no rank ever holds all of it; or with its weights, then sharded
+    on_meta = cfg.train.init_device == "meta"
     model = build_omni_model(
         cfg.model.config_path,
         weights_path=cfg.model.model_path,
@@ -107,12 +108,11 @@ def main(argv: list[str] | None = None) -> None:
         vocab_size=len(processor.tokenizer),
         image_token_id=processor.image_token_id,
         attn_implementation=cfg.model.attn_implementation,
+        init_device="meta" if on_meta else device.type,
+        seed=cfg.train.seed,
     )
     parameters = sum(p.numel() for p in model.parameters())
     freeze_parts(model, cfg.train)
-    if cfg.train.init_device != "meta":
-        initialize_weights(model, cfg.train.seed, device)
-        load_parts(model, cfg.model)
     model = build_parallelize_model(
         model,
         state,
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         activation_checkpointing="full" if cfg.train.enable_gradient_checkpointing else None,
         forward_prefetch=cfg.train.enable_forward_prefetch,
     )
-    if cfg.train.init_device == "meta":
+    if on_meta:
         initialize_weights(model, cfg.train.seed, device)
         load_parts(model, cfg.model)
 
