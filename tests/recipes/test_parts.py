@@ -43,7 +43,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_config(arguments: list[str], folders: Path, path: Path) -> list[str]:
     path.write_text(
-        f"model:\n  model_path: {folders}/text\n  encoders:\n    image: {{model_path: {folders}/tower, merge_size: 2}}\n"
+        f"model:\n  model_path: {folders}/text\n"
+        f"  encoders:\n    image: {{model_path: {folders}/tower, merge_size: 2}}\n"
         "data: {num_workers: 0}\n"
         "train: {data_parallel_mode: fsdp2, init_device: meta, enable_mixed_precision: false}\n"
     )
