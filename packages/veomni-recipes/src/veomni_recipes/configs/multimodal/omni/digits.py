@@ -29,7 +29,7 @@ QUESTIONS = {
     "list": ["Which digits are these?", "What numbers do you see?", "Read the pictures from left to right."],
     "sum": ["What is their sum?", "Add the two digits.", "How much do they make together?"],
 }
-TRAINING_SAMPLES = 44_000
+TRAINING_SAMPLES = 40_000
 COPIES = 7  # of each training picture
 
 
