@@ -1,9 +1,11 @@
 """Foundation models of the ecosystem, and omni models assembled from any parts."""
 
+from veomni_models.auto import register_omni_model
 from veomni_models.errors import ModelError
 from veomni_models.foundation import build_foundation_model, build_tokenizer
 from veomni_models.initialization import copy_weights, initialize_weights
-from veomni_models.omni import OmniConfig, OmniModel, build_omni_model, load_encoders, register_omni_model
+from veomni_models.omni import OmniModel, build_omni_model, load_encoders
+from veomni_models.omni_config import OmniConfig, is_omni_folder
 from veomni_models.omni_processor import OmniProcessor, build_omni_processor
 from veomni_models.plan import plan_for
 from veomni_models.projectors import MLPProjector
@@ -21,6 +23,7 @@ __all__ = [
     "build_tokenizer",
     "copy_weights",
     "initialize_weights",
+    "is_omni_folder",
     "load_encoders",
     "plan_for",
     "register_omni_model",

@@ -8,86 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from veomni_models.errors import ModelError
 from veomni_models.foundation import attention_for, load_config, one_line
 from veomni_models.initialization import copy_weights, initialize_weights
+from veomni_models.omni_config import OmniConfig, encoder_config, is_omni_folder, tokens_per_picture
 from veomni_models.projectors import MLPProjector
 
 _PIXELS = {"image": "pixel_values"}  # the argument that carries a modality's inputs
-
-
-class OmniConfig(PreTrainedConfig):
-    """Config of an `OmniModel`.
-
-    Attributes:
-        text_config: config of the foundation model.
-        encoders: for each modality (`image`) the encoder's own config under `config`, and `merge_size`: how many
-            patches in each direction become one token.
-        image_token_id: the placeholder that is replaced by picture features.
-    """
-
-    model_type = "veomni_omni"
-
-    def __init__(
-        self,
-        text_config: PreTrainedConfig | Mapping[str, Any] | None = None,
-        encoders: Mapping[str, Mapping[str, Any]] | None = None,
-        image_token_id: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.text_config = _as_config(text_config)
-        self.encoders = {
-            name: {"merge_size": 1, **encoder, "config": _as_config(encoder["config"])}
-            for name, encoder in (encoders or {}).items()
-        }
-        self.image_token_id = image_token_id
-        super().__init__(**kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values all the way down, as config.json holds them."""
-        plain = super().to_dict()
-        plain["text_config"] = self.text_config.to_dict() if self.text_config is not None else None
-        plain["encoders"] = {
-            name: {**encoder, "config": encoder["config"].to_dict()} for name, encoder in self.encoders.items()
-        }
-        return plain
-
-
-def _as_config(config: PreTrainedConfig | Mapping[str, Any] | None) -> Any:
-    if config is None or isinstance(config, PreTrainedConfig):
-        return config
-    keys = dict(config)
-    return AutoConfig.for_model(keys.pop("model_type"), **keys)
-
-
-def tokens_per_picture(config: PreTrainedConfig, merge_size: int) -> int:
-    """How many tokens a picture becomes behind a vision tower of fixed resolution: (image_size / patch_size / merge)^2.
-
-    Raises:
-        ModelError: the tower has no fixed grid, or merge_size does not divide it.
-    """
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if not isinstance(size, int) or not isinstance(patch, int):
-        raise ModelError(f"encoder {config.model_type!r} has no square image_size and patch_size; use one that has")
-    side, rest = divmod(size, patch)
-    if rest or side % merge_size:
-        raise ModelError(
-            f"encoder {config.model_type!r}: image_size={size} gives {size / patch:g} patches of {patch} a side, "
-            f"which merge_size={merge_size} must divide"
-        )
-    return (side // merge_size) ** 2
 
 
 class OmniModel(PreTrainedModel, GenerationMixin):
@@ -214,16 +144,6 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         return inputs
 
 
-def register_omni_model() -> None:
-    """Let transformers' Auto classes load saved omni models and their processors. Repeating it is harmless."""
-    from veomni_models.omni_processor import OmniProcessor
-
-    AutoConfig.register(OmniConfig.model_type, OmniConfig, exist_ok=True)
-    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-        auto.register(OmniConfig, OmniModel, exist_ok=True)
-    AutoProcessor.register(OmniConfig, OmniProcessor, exist_ok=True)
-
-
 def build_omni_model(
     path: str | Path | None = None,
     *,
@@ -259,9 +179,9 @@ def build_omni_model(
     folder = path or weights_path
     if folder is None:
         foundation = {"vocab_size": vocab_size, **foundation}
-    config = load_config(folder, foundation) if not _is_omni(folder) else OmniConfig.from_pretrained(folder)
+    config = load_config(folder, foundation) if not is_omni_folder(folder) else OmniConfig.from_pretrained(folder)
     if not isinstance(config, OmniConfig):
-        config = OmniConfig(config, {m: _encoder_config(m, keys) for m, keys in encoders.items()}, image_token_id)
+        config = OmniConfig(config, {m: encoder_config(m, keys) for m, keys in encoders.items()}, image_token_id)
     if config.text_config.vocab_size < vocab_size:
         raise ModelError(
             f"the foundation's vocab_size={config.text_config.vocab_size} is smaller than the tokenizer with its "
@@ -273,7 +193,9 @@ def build_omni_model(
     if init_device != "meta":
         initialize_weights(model, seed, init_device)
         if weights_path is not None:
-            saved, part = (OmniModel, model) if _is_omni(weights_path) else (AutoModelForCausalLM, model.foundation)
+            saved, part = (
+                (OmniModel, model) if is_omni_folder(weights_path) else (AutoModelForCausalLM, model.foundation)
+            )
             copy_weights(_from_pretrained(saved, weights_path, part.config), part)
         load_encoders(model, encoders)
     return model.train()
@@ -306,24 +228,3 @@ def _from_pretrained(cls: Any, folder: str | Path, config: PreTrainedConfig) -> 
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{folder} lacks {len(missing)} weights of the model, {missing[0]} among them")
     return model
-
-
-def _is_omni(folder: str | Path | None) -> bool:
-    if folder is None or not (Path(folder) / "config.json").is_file():
-        return False
-    return PreTrainedConfig.get_config_dict(folder)[0].get("model_type") == OmniConfig.model_type
-
-
-def _encoder_config(modality: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """What `OmniConfig.encoders` holds for one modality, from the keys of a YAML file."""
-    own = dict(keys)
-    folder = own.pop("config_path", None) or own.get("model_path")
-    own.pop("model_path", None)
-    merge_size = own.pop("merge_size", 1)
-    try:
-        config = load_config(folder, own)
-    except ModelError as error:
-        raise ModelError(f"model.encoders.{modality}: {error}") from error
-    if hasattr(config, "vision_use_head"):
-        config.vision_use_head = False  # a pooling head would get no gradient: only patch features are used
-    return {"config": config, "merge_size": merge_size}

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SiglipImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SiglipImageProcessor
 
 from veomni_models.errors import ModelError
 from veomni_models.foundation import build_tokenizer
-from veomni_models.omni import _encoder_config, _is_omni, register_omni_model, tokens_per_picture
+from veomni_models.omni_config import OmniConfig, encoder_config, is_omni_folder, tokens_per_picture
 
 
 class OmniProcessor(ProcessorMixin):
@@ -40,7 +40,8 @@ class OmniProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load what `save_pretrained` wrote."""
-        register_omni_model()  # the tokenizer's loader looks up the model type of the folder
+        # the tokenizer's loader looks up the model type of the folder
+        AutoConfig.register(OmniConfig.model_type, OmniConfig, exist_ok=True)
         return super().from_pretrained(*args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
@@ -69,7 +70,7 @@ def build_omni_processor(
     """
     if tokenizer_path is None:
         raise ModelError("no tokenizer was given: set model.tokenizer_path to the folder of one")
-    if _is_omni(tokenizer_path):
+    if is_omni_folder(tokenizer_path):
         return OmniProcessor.from_pretrained(tokenizer_path)
     tokenizer: PreTrainedTokenizerBase = build_tokenizer(tokenizer_path)
     if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
@@ -78,7 +79,7 @@ def build_omni_processor(
         )
     if "image" not in encoders:
         raise ModelError("model.encoders has no image: an omni processor needs an image encoder")
-    encoder = _encoder_config("image", encoders["image"])
+    encoder = encoder_config("image", encoders["image"])
     folder = encoders["image"].get("config_path") or encoders["image"].get("model_path")
     size = encoder["config"].image_size
     if folder is not None and (Path(folder) / "preprocessor_config.json").is_file():

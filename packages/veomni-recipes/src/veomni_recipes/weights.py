@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from veomni_ckpt import load_pretrained
 from veomni_config import ModelConfig, OmniTrainConfig
-from veomni_models import OmniConfig, OmniModel, load_encoders
+from veomni_models import OmniModel, is_omni_folder, load_encoders
 
 
 def freeze_parts(model: OmniModel, train: OmniTrainConfig) -> None:
@@ -23,6 +20,5 @@ def freeze_parts(model: OmniModel, train: OmniTrainConfig) -> None:
 def load_parts(model: OmniModel, cfg: ModelConfig) -> None:
     """Fill the parts of a sharded model whose `model_path` the configuration names: all or the foundation, encoders."""
     if cfg.model_path is not None:
-        kind = json.loads((Path(cfg.model_path) / "config.json").read_text(encoding="utf-8")).get("model_type")
-        load_pretrained(model if kind == OmniConfig.model_type else model.foundation, cfg.model_path)
+        load_pretrained(model if is_omni_folder(cfg.model_path) else model.foundation, cfg.model_path)
     load_encoders(model, cfg.encoders)
