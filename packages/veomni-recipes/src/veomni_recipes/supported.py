@@ -5,6 +5,10 @@ from __future__ import annotations
 from veomni_config import ConfigError, Problem, RecipeConfig
 
 _NOT_YET = (
+    "data.data_type",
+    "data.data_tag",
+    "data.drop_resume_buffer",
+    "data.max_pixels",
     "data.datasets_type",
     "data.enable_multisource",
     "data.max_image_nums",
@@ -12,8 +16,14 @@ _NOT_YET = (
     "data.scale_factor",
     "data.generation_ratio",
     "model.decoders",
+    "model.input_encoder",
+    "model.output_encoder",
+    "model.encode_target",
+    "model.moe_implementation",
     "train.train_architecture",
     "train.optimizer",
+    "train.vit_lr",
+    "train.enable_reentrant",
     "train.dyn_bsz_margin",
     "train.bsz_warmup_ratio",
     "train.enable_fsdp_offload",

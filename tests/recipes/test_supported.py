@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+from veomni_config import ConfigError, OmniRecipeConfig, parse_args
+from veomni_recipes.supported import refuse_without_effect
+
+
+@pytest.mark.parametrize("change", ["--train.enable_compile=true", "--data.max_pixels=100", "--train.vit_lr=1e-6"])
+def test_a_key_that_the_recipe_does_not_act_on_is_refused_by_name(change: str, arguments: list[str]) -> None:
+    cfg = parse_args(OmniRecipeConfig, [*arguments, "--train.output_dir=unused", change])
+    with pytest.raises(ConfigError, match=change.removeprefix("--").split("=")[0] + ".*no effect in this recipe yet"):
+        refuse_without_effect(cfg)
+
+
+def test_what_ships_is_acted_on(arguments: list[str]) -> None:
+    refuse_without_effect(parse_args(OmniRecipeConfig, [*arguments, "--train.output_dir=unused"]))
+
+
+def test_an_evaluation_needs_the_exported_model(arguments: list[str]) -> None:
+    cfg = parse_args(OmniRecipeConfig, [*arguments, "--train.output_dir=unused", "--data.eval_path=some.jsonl"])
+    with pytest.raises(ConfigError, match=r"data.eval_path.*set train.save_hf_weights to true"):
+        refuse_without_effect(cfg)
