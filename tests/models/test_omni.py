@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, SiglipVisionModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, SiglipVisionModel
 from veomni_models import ModelError, OmniModel, build_omni_model, plan_for
 
 from .test_initialization import PARTS
@@ -110,9 +110,18 @@ def test_the_plan_names_the_blocks_of_all_parts() -> None:
         ({"path": "/no/such/folder"}, "/no/such/folder: no such folder"),
         ({"encoders": {"smell": {}}}, r"model.encoders.smell: unknown modality"),
         ({"encoders": {"image": {**PARTS["encoders"]["image"], "merge_size": 3}}}, "merge_size=3 must divide"),
-        ({"encoders": {"image": {"model_type": "nothing"}}}, "model.encoders.image: no config of model_type 'nothing'"),
+        ({"encoders": {"image": {"model_type": "nothing"}}}, "model.encoders.image: model_type 'nothing' is not known"),
         ({"foundation": {**PARTS["foundation"], "vocab_size": 40}}, "vocab_size=40 is smaller than the tokenizer"),
         ({"foundation": {"hidden_size": 8}}, "no model_type to start from"),
+        (
+            {"foundation": {**PARTS["foundation"], "hiden_size": 8}},
+            "hiden_size: a qwen3 config has no such key, did you",
+        ),
+        (
+            {"foundation": {**PARTS["foundation"], "num_attention_heads": 5}},
+            "=5 is no multiple of num_key_value_heads=2",
+        ),
+        ({"attn_implementation": "flash_atention_2"}, "not registered in transformers, did you mean flash_attention_2"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(change: dict[str, object], message: str) -> None:
@@ -149,6 +158,27 @@ def test_parts_start_from_pretrained_folders(tmp_path: Path) -> None:
         )
     again = build_omni_model(**pretrained(tmp_path), init_device="cpu", seed=2)
     assert not torch.equal(omni.projectors["image"].up.weight, again.projectors["image"].up.weight)
+
+
+def test_a_vocabulary_that_is_full_grows_for_the_placeholder(tmp_path: Path) -> None:
+    parts = {**pretrained(tmp_path), "vocab_size": 43}
+    omni = build_omni_model(**parts, init_device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert omni.config.text_config.vocab_size == omni.foundation.lm_head.out_features == 43
+    assert torch.equal(omni.foundation.lm_head.weight[:41], plain.lm_head.weight)
+    with pytest.raises(ModelError, match=r"vocab_size=41 is smaller .*set train.init_device to cpu"):
+        build_omni_model(**parts)
+
+
+def test_a_whole_clip_folder_gives_its_vision_tower(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 8, "patch_size": 2}
+    clip = CLIPModel(CLIPConfig(text_config={**sizes, "vocab_size": 50}, vision_config=vision, projection_dim=8))
+    clip.save_pretrained(tmp_path / "clip")
+    parts = {**PARTS, "encoders": {"image": {"model_path": tmp_path / "clip", "merge_size": 2}}}
+    omni = build_omni_model(**parts, init_device="cpu")
+    own, theirs = omni.encoders["image"].state_dict(), clip.vision_model.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(own.values(), theirs.values(), strict=True))
 
 
 def test_a_saved_omni_model_is_built_again_from_its_folder(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def check(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         ("--train.lr_decay_styl=cosine", ["--train.lr_decay_styl", "did you mean --train.lr_decay_style"]),
         ("--train.global_batch_size=3", ["train.global_batch_size", "3", "world size 2"]),
         ("--model.tokenizer_path=nowhere", ["nowhere", "no such folder"]),
+        ("--model.foundation.hiden_size=64", ["hiden_size", "did you mean hidden_size"]),
     ],
 )
 def test_before_the_first_step(change: str, parts: list[str], arguments: list[str], tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_in_the_data_names_file_and_line(fault: str, arguments: list[str], digit
     check(done, f"{tmp_path}/train.jsonl:8: ", expected)
 
 
-def test_asking_without_a_model_or_a_picture(tmp_path: Path) -> None:
+def test_asking_without_a_model(tmp_path: Path) -> None:
     ask = [
         sys.executable,
         "-m",
@@ -69,4 +70,4 @@ def test_asking_without_a_model_or_a_picture(tmp_path: Path) -> None:
         str(tmp_path),
     ]
     done = subprocess.run(ask, capture_output=True, text=True)
-    check(done, str(tmp_path), "holds no trained model")
+    check(done, str(tmp_path), "holds no trained omni model")

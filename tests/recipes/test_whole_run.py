@@ -60,8 +60,10 @@ def test_a_run_without_a_terminal_prints_some_twenty_plain_lines_and_what_to_do_
     steps = [line for line in lines if line.startswith("step ")]
     assert 15 <= len(steps) <= 25
     assert all("loss" in line and "tokens/s" in line and "lr" in line and "left" in line for line in steps)
-    assert "predictions.png" in lines[-2]
-    assert "ask" in lines[-1]
+    assert "predictions.png" in lines[-3]
+    assert "hf_ckpt" in lines[-2]
+    assert "ask PICTURE" in lines[-1]
+    assert lines[-1].endswith(f"--run {run_folder}")
 
 
 def test_a_fresh_process_gives_the_answers_of_the_run(run_folder: Path, digits_folder: Path) -> None:
@@ -78,6 +80,9 @@ def test_the_answer_to_a_picture_of_ones_own_is_printed(run_folder: Path, digits
     done = subprocess.run([*ask, "--run", str(run_folder)], capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 1
     assert done.stdout.strip()
+    ask[-2] = "nothing.png"
+    done = subprocess.run([*ask, "--run", str(run_folder)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, 'picture "nothing.png" does not exist (nothing.png)\n')
 
 
 def test_a_second_run_into_the_folder_moves_the_first_aside(tmp_path: Path) -> None:

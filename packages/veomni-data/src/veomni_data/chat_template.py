@@ -42,12 +42,12 @@ class ChatTemplate:
         tokenizer: a fast transformers tokenizer: masks need the place of each token in the text.
 
     Raises:
-        ValueError: the tokenizer is not a fast one.
+        DataError: the tokenizer is not a fast one.
     """
 
     def __init__(self, source: str, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(
+            raise DataError(
                 f"{type(tokenizer).__name__} cannot tell where in the text a token is: use a fast tokenizer"
             )
         self.source = source
@@ -141,17 +141,17 @@ def get_chat_template(name: str, tokenizer: Any, *, templates: Mapping[str, str]
     """A template by name: one of `templates`, or "default", which is the tokenizer's own, or ChatML if it has none.
 
     Raises:
-        ValueError: no template has this name; the tokenizer's own is a choice of several.
+        DataError: no template has this name; the tokenizer's own is a choice of several.
     """
     if name != "default":
         if name not in templates:
-            raise ValueError(f'no chat template is called "{name}": there are "default" and {sorted(templates)}')
+            raise DataError(f'no chat template is called "{name}": there are "default" and {sorted(templates)}')
         return ChatTemplate(templates[name], tokenizer)
     own = tokenizer.chat_template
     if isinstance(own, Mapping):  # several by name, of which transformers means this one by default
         own = own.get("default")
         if own is None:
-            raise ValueError(f"the tokenizer has the chat templates {sorted(tokenizer.chat_template)} but no default")
+            raise DataError(f"the tokenizer has the chat templates {sorted(tokenizer.chat_template)} but no default")
     return ChatTemplate(own or CHATML, tokenizer)
 
 
@@ -159,10 +159,10 @@ def register_chat_template(name: str, source: str, *, templates: dict[str, str] 
     """Add a Jinja template under a name that `get_chat_template` then knows.
 
     Raises:
-        ValueError: another source has the name.
+        DataError: another source has the name.
     """
     if name == "default" or templates.get(name, source) != source:
-        raise ValueError(f'there is another chat template called "{name}"')
+        raise DataError(f'there is another chat template called "{name}"')
     templates[name] = source
 
 

@@ -100,7 +100,7 @@ def build_dataset(
             reported when it is asked for.
     """
     if kind != "mapping":
-        raise ValueError(f'kind="{kind}" is not a kind of dataset: "mapping" is')
+        raise DataError(f'kind="{kind}" is not a kind of dataset: "mapping" is')
     paths = [path] if isinstance(path, (str, Path)) else list(path)
     files = [file for p in paths for file in _find(p)]
     return MappingDataset([_open(file) for file in files], transform)

@@ -59,26 +59,26 @@ def build_dataloader(
             `dataset` is a list of samples, of which each rank can count the steps.
 
     Raises:
-        ValueError: sizes that do not divide, too few samples for one step, or a missing group.
+        DataError: sizes that do not divide, too few samples for one step, or a missing group.
     """
     if not 0 <= dp_rank < dp_size:
-        raise ValueError(f"dp_rank={dp_rank} is not one of dp_size={dp_size} ranks")
+        raise DataError(f"dp_rank={dp_rank} is not one of dp_size={dp_size} ranks")
     if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (dp_size * micro_batch_size):
-        raise ValueError(
+        raise DataError(
             f"global_batch_size={global_batch_size} is not a multiple of dp_size * micro_batch_size = "
             f"{dp_size} * {micro_batch_size} = {dp_size * micro_batch_size}"
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(f"the dataset, a {type(dataset).__name__}, must have a length and random access")
+        raise DataError(f"the dataset, a {type(dataset).__name__}, must have a length and random access")
     if len(dataset) < (global_batch_size if drop_last else 1):
-        raise ValueError(
+        raise DataError(
             f"the dataset has {len(dataset)} samples, too few for a step of global_batch_size={global_batch_size}"
             + (" (drop_last=False makes an incomplete one)" if len(dataset) else "")
         )
     if group is not None and dist.get_world_size(group) != dp_size:
-        raise ValueError(f"group has {dist.get_world_size(group)} ranks but dp_size={dp_size}")
+        raise DataError(f"group has {dist.get_world_size(group)} ranks but dp_size={dp_size}")
     if dp_size > 1 and group is None and not _is_list_of_samples(dataset):
-        raise ValueError(
+        raise DataError(
             f"dp_size={dp_size} ranks cannot know when the others run out of samples: give `group`, a process group "
             f"over the data-parallel ranks"
         )
@@ -227,22 +227,22 @@ class DataLoader:
             states: the `state_dict()` of each of them, in any order.
 
         Raises:
-            ValueError: a state is missing or twice there, they are not of one step, or they were saved for another
+            DataError: a state is missing or twice there, they are not of one step, or they were saved for another
                 `global_batch_size`, `seed` or number of samples.
         """
         if isinstance(states, Mapping) or not states:
-            raise ValueError("load_state_dict needs the list of the states of all ranks that saved")
+            raise DataError("load_state_dict needs the list of the states of all ranks that saved")
         ours = {"seed": self._seed, "global_batch_size": self.global_batch_size, "samples": len(self.dataset)}
         for state in states:
             for key, value in ours.items():
                 if state[key] != value:
-                    raise ValueError(f"the loader was saved with {key}={state[key]} but is loaded with {key}={value}")
+                    raise DataError(f"the loader was saved with {key}={state[key]} but is loaded with {key}={value}")
             for key in ("epoch", "step"):
                 if state[key] != states[0][key]:
-                    raise ValueError(f"the states are not of one step: {key} is {states[0][key]} and {state[key]}")
+                    raise DataError(f"the states are not of one step: {key} is {states[0][key]} and {state[key]}")
         shards = sorted((shard for state in states for shard in state["shards"]), key=lambda shard: shard["shard"])
         if [shard["shard"] for shard in shards] != list(range(self.global_batch_size)):
-            raise ValueError(
+            raise DataError(
                 f"the {len(states)} states hold {len(shards)} rows' parts of the epoch, not each of the "
                 f"{self.global_batch_size} once: give the states of all ranks that saved"
             )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .collators import IGNORED_LABEL, Batch
+from .errors import DataError
 
 _TARGET_KEYS = ("labels", "shift_labels")
 _SEGMENT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -29,14 +30,14 @@ def slice_for_sequence_parallel(batch: Batch, rank: int, size: int, *, pad_token
         pad_token_id: what `input_ids` is padded with.
 
     Raises:
-        ValueError: a padded batch [B, S], or a rank outside of the group.
+        DataError: a padded batch [B, S], or a rank outside of the group.
     """
     if not 0 <= rank < size:
-        raise ValueError(f"rank={rank} is not one of the {size} ranks of a sequence-parallel group")
+        raise DataError(f"rank={rank} is not one of the {size} ranks of a sequence-parallel group")
     if size == 1:
         return batch
     if "attention_mask" in batch or "cu_seq_lens_q" not in batch:
-        raise ValueError(
+        raise DataError(
             f"a padded batch of shape {list(batch['input_ids'].shape)} cannot be sliced over {size} sequence-parallel "
             f"ranks: pack the samples into one row (PackingCollator)"
         )

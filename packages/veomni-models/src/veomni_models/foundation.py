@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_config(path: str | Path | None, overrides: Mapping[str, Any] = {}) -> PreTrainedConfig:
+def load_config(
+    path: str | Path | None, overrides: Mapping[str, Any] = {}, part: str | None = None
+) -> PreTrainedConfig:
     """The config of a folder with `overrides` on top, or one made from overrides alone (then with `model_type`).
 
+    Args:
+        path: a folder with config.json.
+        overrides: keys of the config.
+        part: name of the inner config that is meant if the folder's model has one (`vision_config` of a whole CLIP).
+
     Raises:
-        ModelError: no such folder, no config.json in it, an unknown model type, or a key that the config refuses.
+        ModelError: no such folder, no config.json in it, an unknown model type, or a key that the config has not.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     keys = dict(overrides)
     if path is None:
@@ -31,23 +39,58 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] = {}) -> P
                 f"no config folder was given, and the keys {sorted(keys)} have no model_type to start from"
             )
         kind = keys.pop("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise ModelError(f"model_type {kind!r} is not known to transformers{_nearest(kind, CONFIG_MAPPING)}")
         try:
-            return AutoConfig.for_model(kind, **keys)
+            _check_keys(CONFIG_MAPPING[kind](), keys)
+            return _check_heads(AutoConfig.for_model(kind, **keys))
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(f"no config of model_type {kind!r} can be made from {keys}: {one_line(error)}") from error
     _check_folder(path, "config.json")
     try:
-        return AutoConfig.from_pretrained(path, **keys)
+        config = AutoConfig.from_pretrained(path)
+        config = getattr(config, part or "", config)
+        _check_keys(config, keys)
+        return _check_heads(type(config).from_dict({**config.to_dict(), **keys}))
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{path}/config.json cannot be read as a model config: {one_line(error)}") from error
 
 
+def _check_keys(config: PreTrainedConfig, keys: Mapping[str, Any]) -> None:
+    for key in keys:
+        if not hasattr(config, key):
+            raise ModelError(f"{key}: a {config.model_type} config has no such key{_nearest(key, config.to_dict())}")
+
+
+def _check_heads(config: PreTrainedConfig) -> PreTrainedConfig:
+    heads, kv_heads = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        raise ModelError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+    return config
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
 def attention_for(attn_implementation: str | None) -> str | None:
     """The kernel's name in transformers: `auto` is the flash kernel on CUDA, segments elsewhere; None stays None."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.utils import is_flash_attn_2_available
 
     if attn_implementation == "auto":
         attn_implementation = "flash_attention_2" if is_flash_attn_2_available() else "segments"
+    known = ["eager", "segments", *ALL_ATTENTION_FUNCTIONS]
+    if attn_implementation is not None and attn_implementation not in known and "/" not in attn_implementation:
+        raise ModelError(
+            f"attn_implementation {attn_implementation!r} is not registered in transformers"
+            f"{_nearest(attn_implementation, known)}"
+        )
     return register_segment_attention() if attn_implementation == "segments" else attn_implementation
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def build_omni_model(
         foundation: keys of the foundation's config that replace the folder's, or make it, with `model_type`.
         encoders: for each modality the keys `config_path`, `model_path` (weights), `merge_size`, and keys of the
             encoder's config that replace the folder's, or make it, with `model_type`.
-        vocab_size: length of the tokenizer; the foundation's embeddings must reach this far.
+        vocab_size: length of the tokenizer; embeddings of the foundation that are fewer are made to reach this far.
         image_token_id: the placeholder in `input_ids` that picture features replace.
         torch_dtype, attn_implementation, init_device, seed: as in `build_foundation_model`.
 
@@ -182,21 +183,28 @@ def build_omni_model(
     config = load_config(folder, foundation) if not is_omni_folder(folder) else OmniConfig.from_pretrained(folder)
     if not isinstance(config, OmniConfig):
         config = OmniConfig(config, {m: encoder_config(m, keys) for m, keys in encoders.items()}, image_token_id)
-    if config.text_config.vocab_size < vocab_size:
-        raise ModelError(
-            f"the foundation's vocab_size={config.text_config.vocab_size} is smaller than the tokenizer with its "
-            f"placeholder token ({vocab_size}): raise model.foundation.vocab_size or use the tokenizer of this model"
-        )
+    own_vocab_size = config.text_config.vocab_size
+    if own_vocab_size < vocab_size:
+        small = f"the foundation's vocab_size={own_vocab_size} is smaller than the tokenizer with its placeholder token"
+        if "vocab_size" in foundation:
+            raise ModelError(f"{small}: set model.foundation.vocab_size to {vocab_size} or leave it out")
+        if weights_path is not None and init_device == "meta":
+            raise ModelError(f"{small} ({vocab_size}): set train.init_device to cpu, which makes it fit")
+        config.text_config.vocab_size = vocab_size
     attention = attention_for(attn_implementation)
     with torch.device("meta"):
         model = OmniModel._from_config(config, dtype=torch_dtype, attn_implementation=attention)
     if init_device != "meta":
         initialize_weights(model, seed, init_device)
         if weights_path is not None:
-            saved, part = (
-                (OmniModel, model) if is_omni_folder(weights_path) else (AutoModelForCausalLM, model.foundation)
-            )
-            copy_weights(_from_pretrained(saved, weights_path, part.config), part)
+            whole = is_omni_folder(weights_path)
+            part, cls = (model, OmniModel) if whole else (model.foundation, AutoModelForCausalLM)
+            part_config = copy.deepcopy(part.config)
+            part_config.get_text_config().vocab_size = own_vocab_size
+            saved = _from_pretrained(cls, weights_path, part_config)
+            if own_vocab_size < vocab_size:
+                saved.resize_token_embeddings(vocab_size)
+            copy_weights(saved, part)
         load_encoders(model, encoders)
     return model.train()
 

@@ -88,7 +88,7 @@ def encoder_config(modality: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     own.pop("model_path", None)
     merge_size = own.pop("merge_size", 1)
     try:
-        config = load_config(folder, own)
+        config = load_config(folder, own, part="vision_config")
     except ModelError as error:
         raise ModelError(f"model.encoders.{modality}: {error}") from error
     if hasattr(config, "vision_use_head"):

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SiglipImageProcessor
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoImageProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SiglipImageProcessor,
+)
 
 from veomni_models.errors import ModelError
 from veomni_models.foundation import build_tokenizer
@@ -74,9 +81,11 @@ def build_omni_processor(
         return OmniProcessor.from_pretrained(tokenizer_path)
     tokenizer: PreTrainedTokenizerBase = build_tokenizer(tokenizer_path)
     if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [image_token]}, replace_additional_special_tokens=False
-        )
+        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:  # padding is masked, so that any token will do
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{tokenizer_path}: the tokenizer has no pad_token and no eos_token: set one")
+        tokenizer.pad_token = tokenizer.eos_token
     if "image" not in encoders:
         raise ModelError("model.encoders has no image: an omni processor needs an image encoder")
     encoder = encoder_config("image", encoders["image"])

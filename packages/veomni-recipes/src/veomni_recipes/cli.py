@@ -36,10 +36,11 @@ def main(argv: list[str] | None = None) -> int:
 def ask_model(run: Path, pictures: list[Path], question: str) -> int:
     """Print what the model of a run says about pictures."""
     from veomni_data import DataError, get_chat_template, multimodal_prompt
+    from veomni_models import is_omni_folder
 
     folder = run / "hf_ckpt" if (run / "hf_ckpt").is_dir() else run
-    if not (folder / "config.json").is_file():
-        print(f"{run} holds no trained model: train one first, or name its folder with --run", file=sys.stderr)
+    if not is_omni_folder(folder):
+        print(f"{run} holds no trained omni model: train one first, or name its folder with --run", file=sys.stderr)
         return USER_ERROR
 
     @ends_with_one_sentence(DataError)

@@ -86,7 +86,9 @@ def answer_held_out(folder: Path, prompts: Sequence[Mapping[str, Any]], rows: Se
     """What the exported model in `folder` answers to `rows` of held-out prompts (made by `multimodal_prompt`)."""
     model, processor = load_exported(folder)
     chosen = [prompts[row] for row in rows]
-    texts = generate(model, processor, [(p["text"], p["images"]) for p in chosen])
+    truths = processor.tokenizer([p["answer"] for p in chosen] or [""], add_special_tokens=False)["input_ids"]
+    longest = max(map(len, truths)) + 8  # an answer that goes on beyond is wrong whatever follows
+    texts = generate(model, processor, [(p["text"], p["images"]) for p in chosen], max_new_tokens=longest)
     return [
         Answer(row, p.get("task", "question"), p["question"], text, p["answer"])
         for row, p, text in zip(rows, chosen, texts, strict=True)
@@ -94,11 +96,12 @@ def answer_held_out(folder: Path, prompts: Sequence[Mapping[str, Any]], rows: Se
 
 
 def load_exported(folder: Path) -> tuple[OmniModel, OmniProcessor]:
-    """The model and the processor of a folder that a run exported."""
+    """The model, on this process's device, and the processor of a folder that a run exported."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return OmniModel.from_pretrained(folder).eval(), OmniProcessor.from_pretrained(folder)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return OmniModel.from_pretrained(folder).to(device).eval(), OmniProcessor.from_pretrained(folder)
 
 
 def accuracies(answers: Sequence[Answer]) -> dict[str, float]:

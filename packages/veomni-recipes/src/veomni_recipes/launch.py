@@ -90,6 +90,15 @@ def _end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _leave_together() -> None:
+    """Leave the process group when all ranks are done: gloo aborts a rank whose peers have gone before."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def ends_with_one_sentence(*expected: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a recipe's main: the expected errors end the process with exit code 2 and their message alone.
 
@@ -104,7 +113,9 @@ def ends_with_one_sentence(*expected: type[Exception]) -> Callable[[Callable[P, 
             if error_file is not None:
                 _end_with_launcher()
             try:
-                return main(*args, **kwargs)
+                result = main(*args, **kwargs)
+            except KeyboardInterrupt:
+                sys.exit(130)
             except expected as error:
                 if error_file is None:
                     print(error, file=sys.stderr, flush=True)
@@ -116,6 +127,9 @@ def ends_with_one_sentence(*expected: type[Exception]) -> Callable[[Callable[P, 
                 if error_file is not None and any(Path(error_file).parent.parent.glob("*/error.json")):
                     sys.exit(USER_ERROR)
                 raise
+            if error_file is not None:
+                _leave_together()
+            return result
 
         return wrapped
 

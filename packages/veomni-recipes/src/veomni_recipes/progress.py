@@ -105,7 +105,9 @@ class Display:
             atexit.register(self._bar.stop)  # a run that fails leaves the terminal as it was, too
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar; nothing for an empty text."""
+        if not text:
+            return
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._shown:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from veomni_config import ConfigError, Problem
 
 METRICS = "metrics.jsonl"
 
 
 def open_run_folder(folder: Path, *, resume: bool) -> None:
     """Make the folder of a run; unless resuming, an earlier run in it is moved aside (`name.1`, `name.2`, ...)."""
+    try:
+        _make(folder, resume)
+    except OSError as error:
+        text = f"{folder} cannot be made: {error.strerror}; name a folder that can be written"
+        raise ConfigError([Problem("train.output_dir", text)]) from error
+
+
+def _make(folder: Path, resume: bool) -> None:
     if not resume and (folder / METRICS).exists():
         aside = next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
         folder.rename(aside)
@@ -60,7 +71,7 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def say_goodbye(folder: Path, summary: Mapping[str, float]) -> None:
+def say_goodbye(folder: Path, summary: Mapping[str, float], question: str | None) -> None:
     """The last lines of a run: how good it became, how long it took, where to look and what to try."""
     scores = {k.removesuffix("_accuracy"): v for k, v in summary.items() if k.endswith("_accuracy")}
     if scores:
@@ -69,9 +80,11 @@ def say_goodbye(folder: Path, summary: Mapping[str, float]) -> None:
         )
     print(
         f"{summary['seconds']:.0f} s in all: {summary['startup_seconds']:.0f} s to start, "
-        f"{summary['training_seconds']:.0f} s for {summary['steps']} steps "
-        f"at {summary['tokens_per_second']:,.0f} tokens/s"
+        f"{summary['training_seconds']:.0f} s to train, at {summary['tokens_per_second']:,.0f} tokens/s"
     )
-    print(f"pictures: {', '.join(str(p) for p in sorted(folder.glob('*.png')))}; model: {folder / 'hf_ckpt'}")
-    if scores:
-        print('ask it about a picture of your own: hatch run ask PICTURE "Which digit is this?"', flush=True)
+    print("pictures: " + ", ".join(str(path) for path in sorted(folder.glob("*.png"))))
+    if (folder / "hf_ckpt").is_dir():
+        print(f"model: {folder / 'hf_ckpt'}")
+        command = "hatch run ask" if "HATCH_ENV_ACTIVE" in os.environ else "veomni ask"
+        question = question or "What is this?"
+        print(f'ask it about a picture of your own: {command} PICTURE "{question}" --run {folder}', flush=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from veomni_config import ConfigError, Problem, RecipeConfig
+from veomni_config import ConfigError, OmniRecipeConfig, Problem
 
 _NOT_YET = (
     "data.data_type",
     "data.data_tag",
     "data.drop_resume_buffer",
     "data.max_pixels",
+    "data.source_name",
     "data.datasets_type",
     "data.enable_multisource",
     "data.max_image_nums",
@@ -36,10 +37,12 @@ _NOT_YET = (
     "train.use_wandb",
     "train.async_enabled",
     "train.save_initial_model",
+    "train.freeze_decoder",
+    "train.ep_outside",
 )
 
 
-def refuse_without_effect(cfg: RecipeConfig) -> None:
+def refuse_without_effect(cfg: OmniRecipeConfig) -> None:
     """Raise ConfigError for each key that would be passed over in silence, and for an evaluation without a model."""
     problems = []
     for key in _NOT_YET:
@@ -54,5 +57,12 @@ def refuse_without_effect(cfg: RecipeConfig) -> None:
             "the held-out data are answered by the exported model: set train.save_hf_weights to true, or this to null"
         )
         problems.append(Problem("data.eval_path", text))
+    packed = cfg.train.rmpad or cfg.train.rmpad_with_pos_ids
+    if cfg.train.ulysses_parallel_size > 1 and not packed:
+        text = "the ranks of a row share it only if it is packed: set train.rmpad to true, or this to 1"
+        problems.append(Problem("train.ulysses_parallel_size", text))
+    if cfg.train.freeze_encoder_all and cfg.train.freeze_foundation:
+        text = "together with train.freeze_foundation nothing would learn: set one of them to false"
+        problems.append(Problem("train.freeze_encoder_all", text))
     if problems:
         raise ConfigError(problems)

@@ -41,6 +41,7 @@ from veomni_parallel import (
 )
 
 from veomni_recipes.charts import draw_answers, draw_loss
+from veomni_recipes.data_checks import check_rows, sizes_that_differ
 from veomni_recipes.distributed import barrier, gather, init_distributed, rank, to_device, world_size
 from veomni_recipes.evaluation import accuracies, answer_held_out
 from veomni_recipes.launch import ends_with_one_sentence, seconds_since_launch
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     encoders = cfg.model.encoders
     processor = build_omni_processor(cfg.model.tokenizer_path, encoders=encoders)
     template = get_chat_template(cfg.data.chat_template, processor.tokenizer)
+    processor.tokenizer.chat_template = processor.chat_template = template.source  # exported with the model
     columns: dict[str, Any] = {"text_keys": cfg.data.text_keys, "image_keys": cfg.data.image_keys}
     encode = partial(
         encode_multimodal_sample,
@@ -75,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.data.eval_path is not None:
         prompt = partial(multimodal_prompt, image_token=processor.image_token, template=template, **columns)
         held_out = build_dataset(cfg.data.eval_path, transform=prompt)
+        check_rows(held_out, range(rank(), len(held_out), world_size()))
     plan = cfg.batch_plan(world_size(), samples=len(train_data))
     assert plan.steps_per_epoch is not None
     assert plan.total_steps is not None
@@ -150,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = Metrics(folder, progress.step) if first else None
     display = Display(plan.total_steps, progress.step, shown=first)
     display.say(f"{parameters:,} parameters; {state.describe()}")
+    display.say(sizes_that_differ(train_data, cfg))
     display.say(
         f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank"
     )
@@ -198,13 +202,13 @@ def main(argv: list[str] | None = None) -> None:
     trained = seconds_since_launch()
 
     # the end: a Hugging Face folder, and what the model in it answers
-    exported, scores = folder / "hf_ckpt", {}
+    exported, scores, question = folder / "hf_ckpt", {}, None
     if cfg.train.save_hf_weights:
         export_hf(model, exported, assets=[processor])
     if held_out is not None:
         own = range(rank(), len(held_out), world_size())
         answers = sorted(chain(*gather(answer_held_out(exported, held_out, own))))
-        scores = accuracies(answers)
+        scores, question = accuracies(answers), answers[0].question
         if first:
             write_json_lines(folder / "predictions.jsonl", map(asdict, answers))
             draw_answers(answers, held_out, folder / "predictions.png", scores)
@@ -222,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
             "world_size": world_size(),
         }
         write_json(folder / "summary.json", summary)
-        say_goodbye(folder, summary)
+        say_goodbye(folder, summary, question)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""What is better found out before the first step than after the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from veomni_config import RecipeConfig
+
+_PROBES = 64
+
+
+def check_rows(dataset: Sequence[Any], rows: Iterable[int]) -> None:
+    """Read these rows once, so that a broken one raises its DataError now."""
+    for row in rows:
+        dataset[row]
+
+
+def sizes_that_differ(dataset: Sequence[Any], cfg: RecipeConfig) -> str:
+    """A sentence if `data.train_size`, from which the steps follow, is far from the tokens of the data; else empty.
+
+    The data's tokens are estimated from some samples, spread over all.
+    """
+    if not cfg.train.dyn_bsz:
+        return ""
+    probes = range(0, len(dataset), -(-len(dataset) // _PROBES))
+    estimate = round(sum(len(dataset[i]["input_ids"]) for i in probes) / len(probes) * len(dataset))
+    if 0.7 <= estimate / cfg.data.train_size <= 1.4:
+        return ""
+    return (
+        f"the data have about {estimate:,} tokens, but data.train_size={cfg.data.train_size:,} plans the steps and the "
+        f"learning rate of an epoch: set it to the former"
+    )
