@@ -115,6 +115,20 @@ def test_the_steps_agree_with_the_reference_systems_formula() -> None:
             "(train.data_parallel_shard_size 4 x train.ulysses_parallel_size 1, world size 4): "
             "set train.expert_parallel_size to 1 or 2 or 4",
         ),
+        (
+            {"data_parallel_replicate_size": 3},
+            8,
+            "train.data_parallel_replicate_size: train.data_parallel_replicate_size=3 does not make the data-parallel "
+            "size 8 (world size 8): with ddp every rank is a replica, set train.data_parallel_replicate_size to 8 "
+            "or -1",
+        ),
+        (
+            {"ulysses_parallel_size": 7},
+            360,
+            "train.ulysses_parallel_size: world size 360 is no multiple of train.ulysses_parallel_size=7: "
+            "set the world size to 357 or 364, or train.ulysses_parallel_size to 5 or 6 or 8 or 9",
+        ),
+        ({}, 2.0, "world size 2.0 given; allowed: a whole number >= 1"),
         ({}, 0, "world size 0 given; allowed: a whole number >= 1"),
     ],
 )
@@ -124,6 +138,18 @@ def test_sizes_that_do_not_divide_are_told_with_sizes_that_do(
     with pytest.raises(ConfigError) as caught:
         config(train).batch_plan(world_size)
     assert str(caught.value) == message
+
+
+def test_all_sizes_that_do_not_divide_are_told_at_once() -> None:
+    train = {"data_parallel_mode": "fsdp2", "expert_parallel_size": 3, "global_batch_size": 9}
+    with pytest.raises(ConfigError) as caught:
+        config(train).batch_plan(4)
+    assert [problem.key for problem in caught.value.problems] == [
+        "train.expert_parallel_size",
+        "train.global_batch_size",
+    ]
+    with pytest.raises(ConfigError, match=r"^number of samples -1 given; allowed: a whole number >= 0$"):
+        config({}).batch_plan(4, samples=-1)
 
 
 def test_too_few_samples_for_one_step_are_told() -> None:

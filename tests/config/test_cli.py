@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ Capture = pytest.CaptureFixture[str]
 def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(RUN)
+    Path("data.parquet").touch()
 
 
 def test_validate_says_for_which_recipe_a_file_is_valid(capsys: Capture) -> None:
@@ -50,6 +52,77 @@ def test_validate_plans_for_a_world_size(capsys: Capture) -> None:
     Path("run.yaml").write_text(RUN + "  ulysses_parallel_size: 2\n")
     assert main(["validate", "run.yaml", "--world-size=7"]) == 2
     assert capsys.readouterr().err.startswith("run.yaml:10: train.ulysses_parallel_size: world size 7 is no multiple")
+
+
+def test_sizes_are_told_together_with_other_mistakes(capsys: Capture) -> None:
+    arguments = ["--train.ulysses_parallel_size=2", "--world-size=7"]
+    assert main(["validate", "run.yaml", *arguments, "--train.sed=1", "--train.seed=x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["--train.sed", "--train.seed", "--train.ulysses_parallel_size"]
+    assert main(["validate", "run.yaml", *arguments, "--train.micro_batch_size=x"]) == 2
+    assert "world size" not in capsys.readouterr().err
+    assert main(["validate", "run.yaml", "--train.dyn_bsz_margin=9999", "--world-size=1"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_files_that_are_not_there_are_told_by_validate(capsys: Capture) -> None:
+    wrong = [
+        "--model.model_path=./weights",
+        "--model.encoders.image.model_path=/no/vit",
+        "--data.train_path=data.parquet, more.jsonl",
+        "--data.eval_path=~nobody-here/eval",
+        "--train.load_checkpoint_path=no/step_1",
+    ]
+    assert main(["validate", "run.yaml", *wrong]) == 2
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "command line: --data.eval_path: ~nobody-here/eval: no such file or folder",
+        "command line: --data.train_path: more.jsonl: no such file or folder",
+        "command line: --model.encoders.image.model_path: /no/vit: no such file or folder",
+        "command line: --model.model_path: ./weights: no such file or folder",
+        "command line: --train.load_checkpoint_path: no/step_1: no such file or folder",
+    ]
+    right = ["--model.model_path=org/model", "--data.train_path=*.parquet", "--train.load_checkpoint_path=auto"]
+    assert main(["validate", "run.yaml", *right]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("sources: [data.parquet]\nnames: [a]\nschedule: [{schedule_type: const, weights: [1.0]}]\n", []),
+        ("[", ["cannot be read: "]),
+        ("names: [a]\n", ["sources: a list of paths is expected"]),
+        (
+            "sources: [data.parquet, b.jsonl]\nnames: [a]\nschedule: [{schedule_type: cons, weights: [1.0]}]\n",
+            [
+                "sources: b.jsonl: no such",
+                "names: a list of 2",
+                "schedule.0.schedule_type: 'cons'",
+                "schedule.0.weights",
+            ],
+        ),
+        ("sources: [data.parquet]\nnames: [a]\n", ["schedule: a list of mappings"]),
+    ],
+)
+def test_a_multisource_file_is_looked_into(text: str, wrong: list[str], capsys: Capture) -> None:
+    Path("mix.yaml").write_text(text)
+    assert main(["validate", "run.yaml", "--data.train_path=mix.yaml"]) == (2 if wrong else 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(wrong)
+    for line, start in zip(lines, wrong, strict=True):
+        assert line.startswith(f"command line: --data.train_path: mix.yaml: {start}")
+
+
+def test_a_misspelt_kernel_is_told_by_validate_and_an_unknown_one_is_not(capsys: Capture) -> None:
+    assert main(["validate", "run.yaml", "--model.attn_implementation=flash_atention_2"]) == 2
+    assert "did you mean flash_attention_2?" in capsys.readouterr().err
+    for name in ("sdpa", "kernels-community/paged", "paged_attention", "null"):
+        assert main(["validate", "run.yaml", f"--model.attn_implementation={name}"]) == 0
+
+
+def test_a_pipe_is_read_once() -> None:
+    command = Path(sys.executable).with_name("veomni-config")
+    run = subprocess.run([command, "validate", "/dev/stdin"], input=RUN, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "/dev/stdin: valid (text)\n", "")
 
 
 def test_show_tells_where_each_value_came_from(capsys: Capture) -> None:
@@ -94,6 +167,27 @@ def test_a_recipe_of_ones_own_is_named_by_its_module(capsys: Capture, monkeypatc
     assert "has no attribute 'Nothing'; allowed: text, omni, vl, infer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["raise RuntimeError('no')\n", "def\n", "import sys\nsys.exit(3)\n"])
+def test_a_recipe_whose_module_cannot_be_imported_is_told_in_one_line(
+    text: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("broken_recipe.py").write_text(text)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert main(["validate", "run.yaml", "--recipe=broken_recipe:Recipe"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("veomni-config: --recipe broken_recipe:Recipe: ")
+
+
+def test_a_terminal_without_the_characters_of_a_file_is_no_reason_to_fail() -> None:
+    command = Path(sys.executable).with_name("veomni-config")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(
+        [command, "show", "run.yaml", "--train.wandb_name=é"], capture_output=True, check=False, env=environment
+    )
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert b"wandb_name: \\xe9" in run.stdout
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -105,6 +199,8 @@ def test_a_recipe_of_ones_own_is_named_by_its_module(capsys: Capture, monkeypatc
         ["validate", "run.yaml", "--world-size=" + "9" * 5000],
         ["validate", "run.yaml", "--world-size=999999999", "--train.ulysses_parallel_size=2"],
         ["validate", "run.yaml", "--recipe=no_such:Thing"],
+        ["validate", "run.yaml", "--recipe=.x:Y"],
+        ["show", "run.yaml", "--recipe=pydantic:BaseModel"],
         ["show", "run.yaml", "stray"],
         ["diff", "run.yaml"],
         ["migrate", "no.yaml"],
@@ -120,6 +216,12 @@ def test_what_is_typed_wrong_ends_with_2_and_words(arguments: list[str], capsys:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.strip()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["help"], ["validate", "--help"], ["show", "run.yaml", "-h"]])
+def test_help_is_given_wherever_it_is_asked_for(arguments: list[str], capsys: Capture) -> None:
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("usage: veomni-config")
 
 
 def test_legacy_keys_are_warned_of_in_one_line(capsys: Capture) -> None:
@@ -151,4 +253,4 @@ def test_the_shipped_configurations_are_valid() -> None:
     folder = Path(__file__).parents[2] / "packages" / "veomni-recipes" / "src" / "veomni_recipes" / "configs"
     files = [file for file in folder.rglob("*.yaml") if {"model", "train"} & set(yaml.safe_load(file.read_text()))]
     assert files
-    assert [file for file in files if main(["validate", str(file)])] == []
+    assert [file for file in files if main(["show", str(file)])] == []

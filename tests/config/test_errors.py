@@ -31,9 +31,12 @@ def problems(text: str, *arguments: str, cls: Any = RecipeConfig) -> list[str]:
         ("lr_decay_styl: cosine", "train.lr_decay_styl: unknown key, did you mean train.lr_decay_style?"),
         ("max_seq_len: 1", "train.max_seq_len: unknown key, did you mean data.max_seq_len?"),
         ("qqq: 1", "train.qqq: unknown key"),
+        ("learning_rate: 1", "train.learning_rate: unknown key, did you mean train.lr?"),
+        ("accelerater: {ulysses_size: 2}", "train.accelerater: unknown key, did you mean train.accelerator?"),
+        ("accelerator: 1", "train.accelerator: unknown key"),
         ("lr: fast", "train.lr: 'fast' given; allowed: number >= 0"),
         ("lr:", "train.lr: nothing given; allowed: number >= 0"),
-        ("lr: .inf", "train.lr: .inf given; allowed: number >= 0"),
+        ("lr: .inf", "train.lr: .inf given; allowed: number >= 0 and finite"),
         ("lr: -1e-3", "train.lr: -1e-3 given; allowed: number >= 0"),
         ("seed: 1.5", "train.seed: 1.5 given; allowed: whole number >= 0 and < 4294967296"),
         ("seed: true", "train.seed: true given; allowed: whole number >= 0 and < 4294967296"),
@@ -47,7 +50,7 @@ def problems(text: str, *arguments: str, cls: Any = RecipeConfig) -> list[str]:
             "train.data_parallel_shard_size: 0 given; allowed: -1, or whole number >= 1",
         ),
         ("no_decay_params: bias", "train.no_decay_params: 'bias' given; allowed: list of text"),
-        ("no_decay_params: [a, {b: 1}]", "train.no_decay_params.1: a mapping given; input should be a valid string"),
+        ("no_decay_params: [a, {b: 1}]", "train.no_decay_params.1: a mapping given; allowed: text"),
         ("use_wandb: maybe", "train.use_wandb: 'maybe' given; allowed: true or false"),
         ("max_steps: many", "train.max_steps: 'many' given; allowed: whole number >= 1, or null"),
         ("load_checkpoint_path: ''", "train.load_checkpoint_path: '' given; allowed: text that is not empty, or null"),
@@ -76,6 +79,13 @@ def test_a_mistake_in_the_file_is_told_with_its_line(line: str, message: str) ->
         (["--train.no_decay_params=[a"], "--train.no_decay_params: not YAML: while parsing a flow sequence"),
         (["--train.accelerator.ulysses_size=2"], "--train.accelerator.ulysses_size: is train.ulysses_parallel_size"),
         (["--train.wandb_name", "'${x}'"], "--train.wandb_name: '${x}' holds '${' without a reference: write ${env:x}"),
+        (["--train.optimizer.lr", "1e-4"], "--train.optimizer.lr: is train.lr here"),
+        (["--train.accelerator={}"], "--train.accelerator: has no counterpart here: it is a block of the newer"),
+        (["--train.load_checkpoint_path="], "--train.load_checkpoint_path: no value given: write null for none"),
+        (
+            ["--train.wandb_name", "${env:NO_ONE:-${env:NO_TWO}}"],
+            "--train.wandb_name: '${env:NO_ONE:-${env:NO_TWO}}' holds a reference within a reference",
+        ),
         (["--help"], "--help: every key is explained by `veomni-config reference`"),
         (["--train.wandb_name", "\udcff"], "--train.wandb_name: '\\udcff' is not UTF-8"),
     ],
@@ -83,6 +93,44 @@ def test_a_mistake_in_the_file_is_told_with_its_line(line: str, message: str) ->
 def test_a_mistake_on_the_command_line_is_told_as_such(arguments: list[str], message: str) -> None:
     (told,) = problems(BASE, *arguments)
     assert told.startswith(f"command line: {message}")
+
+
+def test_packing_without_a_length_is_told_by_the_keys_that_need_it() -> None:
+    (told,) = problems(BASE.replace("data.parquet\n", "data.parquet\n  max_seq_len: null\n"))
+    assert told.startswith("run.yaml:5: data.max_seq_len: nothing given; packing (train.rmpad, ")
+
+
+def test_every_wrong_item_of_a_list_is_told() -> None:
+    told = problems(BASE + "  no_decay_params: [a, {b: 1}, [c]]\n")
+    assert [line.split(": ")[1] for line in told] == ["train.no_decay_params.1", "train.no_decay_params.2"]
+
+
+def test_every_variable_that_is_not_set_is_told() -> None:
+    (told,) = problems(BASE + "  wandb_name: ${env:NO_ONE}-${env:NO_TWO}\n")
+    assert "NO_ONE is not set" in told
+    assert "NO_TWO is not set" in told
+
+
+def test_every_unknown_argument_is_told() -> None:
+    told = problems(
+        BASE, "--train.optimizer.lr=1", "--train.optimizer.weight_decay=1", "--train.foo.a=1", "--train.foo.b=2"
+    )
+    assert {line.split(": ")[1] for line in told} == {
+        "--train.optimizer.lr",
+        "--train.optimizer.weight_decay",
+        "--train.foo.a",
+        "--train.foo.b",
+    }
+    assert len(problems(BASE, "--train.pad_to_length=true", "--train.eval_steps=1")) == 2
+
+
+def test_a_dotted_key_at_the_top_of_a_file_is_told_how_to_write_it() -> None:
+    assert problems("train.lr: 1\n" + BASE) == ["run.yaml:1: train.lr: unknown key: write lr below train"]
+
+
+def test_no_silly_key_is_proposed() -> None:
+    (told,) = problems(BASE + "  frobnication_steps: 1\n")
+    assert told == "run.yaml:7: train.frobnication_steps: unknown key"
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
@@ -138,6 +186,11 @@ def test_what_is_not_yaml_is_told_with_its_line(text: str, message: str) -> None
 
 def test_a_number_for_a_name_is_told() -> None:
     (told,) = problems(BASE.replace("cfg\n", "cfg\n  foundation:\n    1: a\n"))
+    assert told == "run.yaml:4: model.foundation.1: unknown key; allowed: text, in quotes if it is a number"
+
+
+def test_a_number_and_a_truth_value_are_different_keys() -> None:
+    (told,) = problems(BASE.replace("cfg\n", "cfg\n  foundation:\n    1: a\n    true: b\n"))
     assert told == "run.yaml:4: model.foundation.1: unknown key; allowed: text, in quotes if it is a number"
 
 

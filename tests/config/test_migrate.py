@@ -137,6 +137,97 @@ def test_anchors_are_written_out_where_they_are_used() -> None:
     assert plain["train"].items() >= {"output_dir": "out", "load_checkpoint_path": "out", "lr": "1e-4"}.items()
 
 
+def test_a_key_that_is_given_beats_one_that_a_merge_brings_whichever_comes_first() -> None:
+    text = (
+        "base: &b {lr: 1e-3, weight_decay: 0.1}\nmore: &m {lr: 1e-2, lr_min: 0}\n"
+        "train:\n  optimizer:\n    <<: [*b, *m]\n    weight_decay: 0.2\n"
+    )
+    train = yaml.safe_load(migrate(text, "run.yaml").text)["train"]
+    assert train.items() >= {"lr": "1e-3", "weight_decay": 0.2, "lr_min": 0}.items()
+
+
+def test_a_block_that_is_given_twice_is_refused_as_by_the_parser() -> None:
+    text = "train:\n  optimizer: {lr: 1}\n  optimizer: {lr: 2}\n"
+    with pytest.raises(ConfigError, match=r"^run\.yaml:3: train\.optimizer: given twice, first at line 2$"):
+        migrate(text, "run.yaml")
+
+
+def test_comments_in_a_flow_value_are_kept_and_those_below_a_text_are_not_doubled() -> None:
+    text = (
+        "train:\n  optimizer:\n    no_decay_params: [  # first\n      'a # b',  # second\n      c]  # third\n"
+        "  wandb:\n    name: >-  # folded\n      one\n      two\n  # below\n    project: p\n"
+    )
+    migrated = migrate(text, "run.yaml").text
+    assert (
+        yaml.safe_load(migrated)["train"].items()
+        >= {
+            "no_decay_params": ["a # b", "c"],
+            "wandb_name": "one two",
+            "wandb_project": "p",
+        }.items()
+    )
+    for note in ("first", "second", "third", "folded", "below"):
+        assert migrated.count(f"# {note}") == 1, migrated
+
+
+def test_an_empty_block_is_left_out() -> None:
+    text = "train:\n  accelerator:\n  optimizer: {}\n  wandb: null\n  checkpoint: {output_dir: out}\n"
+    migration = migrate(text, "run.yaml")
+    assert set(yaml.safe_load(migration.text)["train"]) == {key.split(".")[1] for key in DEFAULTS}
+    assert "run.yaml:2: train.accelerator: dropped: it is empty" in migration.report
+
+
+def test_a_key_in_quotes_stays_one() -> None:
+    text = "model:\n  foundation:\n  'a: b': 1\n  '': 2\ntrain: {wandb: {name: x}}\n"
+    assert yaml.safe_load(migrate(text, "run.yaml").text)["model"].items() >= {"a: b": 1, "": 2}.items()
+
+
+def test_ddp_is_not_given_meta_weights() -> None:
+    text = "train: {accelerator: {fsdp_config: {fsdp_mode: ddp}}}\n"
+    train = yaml.safe_load(migrate(text, "run.yaml").text)["train"]
+    assert train["data_parallel_mode"] == "ddp"
+    assert "init_device" not in train
+
+
+MISSPELT = """\
+model: {config_path: m, ops_implementation: {attn_implementatoin: sdpa}}
+data:
+  train_path: d
+  dataloader: {num_worker: 3}
+train:
+  optimizer:
+    weight_decya: 0.1
+  accelerator: {ulyses_size: 2, fsdp_config: {fsdp_mod: fsdp2}}
+"""
+
+
+def test_a_misspelt_key_below_a_block_is_told_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text(MISSPELT)
+    expected = [
+        f"old.yaml:{line}: {key}: unknown key of the newer layout, did you mean {near}?"
+        for line, key, near in (
+            (
+                1,
+                "model.ops_implementation.attn_implementatoin",
+                "model.ops_implementation.attn_implementation",
+            ),
+            (4, "data.dataloader.num_worker", "data.dataloader.num_workers"),
+            (7, "train.optimizer.weight_decya", "train.optimizer.weight_decay"),
+            (8, "train.accelerator.ulyses_size", "train.accelerator.ulysses_size"),
+            (8, "train.accelerator.fsdp_config.fsdp_mod", "train.accelerator.fsdp_config.fsdp_mode"),
+        )
+    ]
+    assert main(["migrate", "old.yaml", "--output", "new.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines() == expected
+    assert not Path("new.yaml").exists()
+    assert main(["validate", "old.yaml"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "rewrite it" not in line] == expected
+
+
 def test_what_is_not_yaml_is_told_with_its_line() -> None:
     with pytest.raises(ConfigError, match=r"^run\.yaml:2: not YAML"):
         migrate("train: [\n", "run.yaml")

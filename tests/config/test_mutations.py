@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from veomni_config import ConfigError, OmniRecipeConfig, RecipeConfig, parse_args
+from veomni_config.parse import resolve
+from veomni_config.validate import further_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore::veomni_config.ConfigWarning")
 
@@ -84,9 +87,10 @@ def mutated(made: list[Change]) -> bytes:
 
 def loads_or_says_where(data: bytes, overrides: list[str]) -> None:
     Path("mutated.yaml").write_bytes(data)
-    for cls in (RecipeConfig, OmniRecipeConfig):
+    validate = partial(further_problems, world_size=8)
+    for read in (partial(parse_args, RecipeConfig), partial(resolve, OmniRecipeConfig, further=validate)):
         try:
-            parse_args(cls, ["mutated.yaml", *overrides])
+            read(argv=["mutated.yaml", *overrides])
         except ConfigError as error:
             for line in str(error).split("\n"):
                 assert POSITION.fullmatch(line), line

@@ -96,6 +96,20 @@ def told(arguments: list[str]) -> list[str]:
             ["4 does not divide the model's 6 experts", "train.expert_parallel_size to 1 or 2 or 3 or 6"],
             ["--train.expert_parallel_size=3"],
         ),
+        (
+            [
+                "--model.foundation={num_attention_heads: 8}",
+                "--train.ulysses_parallel_size=4",
+                "--train.tensor_parallel_size=4",
+            ],
+            ["4 x 4 does not divide the model's 8 attention heads", "train.tensor_parallel_size=4 (command line)"],
+            ["--train.ulysses_parallel_size=2"],
+        ),
+        (
+            ["--train.lr_warmup_ratio=0.5", "--train.lr_decay_ratio=0.5", "--train.lr_decay_style=cosine"],
+            ["set lr_warmup_ratio to less than 0.5", "train.lr_decay_ratio=0.5"],
+            ["--train.lr_warmup_ratio=0.4"],
+        ),
     ],
 )
 def test_a_broken_rule_names_its_keys_and_a_way_out(wrong: list[str], keys: list[str], right: list[str]) -> None:

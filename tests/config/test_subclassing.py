@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, Field
 from veomni_config import (
     ConfigError,
     ModelConfig,
     OmniRecipeConfig,
     RecipeConfig,
+    Section,
     TrainConfig,
     VLRecipeConfig,
     dump_config,
     parse_args,
     rule,
 )
+from veomni_config.parse import resolve
+from veomni_config.show import show_config
 
 BASE = ["--model.config_path=cfg", "--data.train_path=d", "--train.output_dir=out"]
 
@@ -91,8 +97,83 @@ def test_a_key_may_hold_a_list_of_models(tmp_path: Path) -> None:
     assert [(source.path, source.weight) for source in cfg.train.sources] == [("a", 1.0), ("b", 2.0)]
     dump_config(cfg, tmp_path / "run.yaml")
     assert parse_args(MixtureRecipe, [str(tmp_path / "run.yaml")]) == cfg
-    with pytest.raises(ConfigError, match=r"^command line: --train\.sources\.0\.weight: 'x' given; input should be"):
+    with pytest.raises(ConfigError, match=r"^command line: --train\.sources\.0\.weight: 'x' given; allowed: a number$"):
         parse_args(MixtureRecipe, [*BASE, "--train.sources=[{path: a, weight: x}]"])
+
+
+class Averaging(Section):
+    decay: float = 0.999
+
+
+class Shape(Enum):
+    ROUND = "round"
+    ONE = "1"
+
+
+class Odd(TrainConfig):
+    averaging: Averaging | None = None
+    shape: Shape = Shape.ROUND
+    tags: set[str] = Field(default=set())
+    pair: tuple[int, str] = (1, "a")
+    names: list[str] = Field(default_factory=lambda: ["x"])
+
+
+class OddRecipe(RecipeConfig):
+    train: Odd
+
+
+def test_a_section_may_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    for arguments, expected in (
+        ([], None),
+        (["--train.averaging.decay=0.9"], Averaging(decay=0.9)),
+        (["--train.averaging.decay=0.9", "--train.averaging=null"], None),
+        (["--train.averaging={}"], Averaging()),
+    ):
+        cfg = parse_args(OddRecipe, [*BASE, *arguments])
+        assert cfg.train.averaging == expected
+        dump_config(cfg, file)
+        assert parse_args(OddRecipe, [str(file)]) == cfg
+        shown = show_config(resolve(OddRecipe, [str(file)]))
+        assert ("averaging: null" in shown) == (expected is None)
+    with pytest.raises(ConfigError, match=r"--train\.averaging\.decay: 'x' given; allowed: number$"):
+        parse_args(OddRecipe, [*BASE, "--train.averaging.decay=x"])
+
+
+def test_keys_of_all_kinds_are_written_as_plain_yaml_and_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    cfg = parse_args(
+        OddRecipe, [*BASE, "--train.shape=1", "--train.tags=[b, 007]", "--train.pair=[2, 03]", "--train.names=z"]
+    )
+    assert (cfg.train.shape, cfg.train.tags, cfg.train.pair) == (Shape.ONE, {"b", "007"}, (2, "03"))
+    dump_config(cfg, file)
+    assert yaml.safe_load(file.read_text())["train"].items() >= {"shape": "1", "tags": ["007", "b"]}.items()
+    assert parse_args(OddRecipe, [str(file)]) == cfg
+    with pytest.raises(ConfigError) as caught:
+        parse_args(OddRecipe, [*BASE, "--train.shape=rond", "--train.pair=[a, b, c]"])
+    assert "'rond' given; allowed: round, 1 (did you mean round?)" in str(caught.value)
+    assert "a list given; allowed: list of whole number, text" in str(caught.value)
+    assert re.search("names: \\[x\\] +# default", show_config(resolve(OddRecipe, BASE)))
+
+
+def test_an_alias_is_refused_where_the_class_is_defined() -> None:
+    with pytest.raises(TypeError, match=r"^Aliased\.beta: a key has one name"):
+
+        class Aliased(TrainConfig):
+            beta: float = Field(default=1.0, alias="Beta")
+
+
+def test_a_rule_tells_which_values_are_derived() -> None:
+    class Derived(Penalty):
+        @rule("half_beta", "beta")
+        def _rule(self) -> str | None:
+            return "set beta to 0"
+
+    class Recipe(RecipeConfig):
+        train: Derived
+
+    with pytest.raises(ConfigError, match=r"train\.half_beta=0\.05 \(derived\), train\.beta=0\.1 \(default\)"):
+        parse_args(Recipe, BASE)
 
 
 def test_the_recipes_for_pictures_have_their_keys() -> None:

@@ -46,23 +46,40 @@ def plan_batches(train: TrainConfig, data: DataConfig, world_size: int, samples:
     budgets do not need it, their steps follow `data.train_size`. Without `data.drop_last` the last incomplete step
     counts (ceil instead of floor). Raises ConfigError, naming every size involved, where something does not divide.
     """
-    dp = _data_parallel_size(train, world_size)
-    replicate, shard = _replicas_and_shards(train, dp, world_size)
-    _check_expert_groups(train, shard, world_size)
+    for name, count, least in (("world size", world_size, 1), ("number of samples", samples, 0)):
+        if count is not None and (type(count) is not int or count < least):
+            raise ConfigError([Problem("", f"{name} {count!r} given; allowed: a whole number >= {least}")])
     micro = train.micro_batch_size
+    budget = micro * data.max_seq_len - train.dyn_bsz_margin
+    problems: list[Problem] = []
+    if budget < 1:
+        margin = f"{train.dyn_bsz_margin} leaves nothing of {micro} x {data.max_seq_len} tokens"
+        problems.append(_problem("dyn_bsz_margin", margin))
+    ranks = math.prod(getattr(train, key) for key in _SPLITTING)
+    if world_size % ranks:
+        raise ConfigError([*problems, _undivided_world(train, world_size, ranks)])
+    dp = world_size // ranks
+    sizes = train.parallel_sizes()
+    replicate, shard = sizes["dp_replicate"], sizes["dp_shard"]
+    known = max(replicate, 1) * max(shard, 1)
+    if dp % known or (known != dp and -1 not in (replicate, shard)):
+        problems.append(_uneven_replicas(train, dp, world_size))
+    else:
+        replicate = dp // shard if replicate == -1 else replicate
+        shard = dp // replicate if shard == -1 else shard
+        problems += _expert_groups(train, shard, world_size)
     rows = micro * dp
     global_batch = train.global_batch_size or rows
     if global_batch % rows:
         right = " or ".join(str(value) for value in _multiples_around(global_batch, rows))
-        raise _error(
-            "global_batch_size",
+        text = (
             f"{global_batch} is no multiple of train.micro_batch_size={micro} times the data-parallel size {dp} "
-            f"(world size {world_size}{_divided_by(train)}): set train.global_batch_size to {right}",
+            f"(world size {world_size}{_divided_by(train)}): set train.global_batch_size to {right}"
         )
+        problems.append(_problem("global_batch_size", text))
+    if problems:
+        raise ConfigError(problems)
     accumulation = global_batch // rows
-    budget = micro * data.max_seq_len - train.dyn_bsz_margin
-    if budget < 1:
-        raise _error("dyn_bsz_margin", f"{train.dyn_bsz_margin} leaves nothing of {micro} x {data.max_seq_len} tokens")
     tokens = dp * accumulation * budget
 
     steps: int | None
@@ -75,10 +92,10 @@ def plan_batches(train: TrainConfig, data: DataConfig, world_size: int, samples:
         steps = samples // global_batch if data.drop_last else -(-samples // global_batch)
         if steps == 0:
             smaller = f"train.global_batch_size to {samples // rows * rows}, or " if samples >= rows else ""
-            raise _error(
-                "global_batch_size",
-                f"{samples} samples do not fill one step of {global_batch} rows: set {smaller}data.drop_last to false",
+            text = (
+                f"{samples} samples do not fill one step of {global_batch} rows: set {smaller}data.drop_last to false"
             )
+            raise ConfigError([_problem("global_batch_size", text)])
     if steps is not None and train.max_steps is not None:
         steps = min(steps, train.max_steps)
     return BatchPlan(
@@ -99,54 +116,68 @@ _MOST_RANKS = 1024  # of a group, in what is proposed
 _SPLITTING = ("ulysses_parallel_size", "context_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")
 
 
-def _data_parallel_size(train: TrainConfig, world_size: int) -> int:
-    if world_size < 1:
-        raise _error("", f"world size {world_size} given; allowed: a whole number >= 1")
+# what a plan for a world size is made from
+PLAN_KEYS = (
+    *(f"train.{key}" for key in _SPLITTING),
+    "train.expert_parallel_size",
+    "train.data_parallel_mode",
+    "train.data_parallel_replicate_size",
+    "train.data_parallel_shard_size",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "train.dyn_bsz",
+    "train.dyn_bsz_margin",
+    "train.bsz_warmup_ratio",
+    "train.max_steps",
+    "train.num_train_epochs",
+    "data.max_seq_len",
+    "data.train_size",
+)
+
+
+def _undivided_world(train: TrainConfig, world_size: int, ranks: int) -> Problem:
     sizes = {key: getattr(train, key) for key in _SPLITTING}
-    ranks = math.prod(sizes.values())
-    if world_size % ranks:
-        key = max(sizes, key=lambda name: int(sizes[name]))
-        involved = " x ".join(f"train.{name}={size}" for name, size in sizes.items() if size > 1)
-        worlds = " or ".join(str(value) for value in _multiples_around(world_size, ranks))
-        others = ranks // sizes[key]
-        fits = [size for size in range(1, min(world_size, _MOST_RANKS) + 1) if world_size % (size * others) == 0]
-        change = f", or train.{key} to {' or '.join(map(str, fits))}" if fits else ""
-        raise _error(
-            key, f"world size {world_size} is no multiple of {involved}: set the world size to {worlds}{change}"
-        )
-    return world_size // ranks
-
-
-def _replicas_and_shards(train: TrainConfig, dp: int, world_size: int) -> tuple[int, int]:
-    sizes = train.parallel_sizes()
-    replicate, shard = sizes["dp_replicate"], sizes["dp_shard"]
-    given = " x ".join(
-        f"train.data_parallel_{name}_size={size}"
-        for name, size in (("replicate", replicate), ("shard", shard))
-        if size != -1
+    key = max(sizes, key=lambda name: int(sizes[name]))
+    involved = " x ".join(f"train.{name}={size}" for name, size in sizes.items() if size > 1)
+    worlds = " or ".join(str(value) for value in _multiples_around(world_size, ranks))
+    others = ranks // sizes[key]
+    change = "" if world_size % others else f", or train.{key} to {divisors_near(world_size // others, sizes[key])}"
+    return _problem(
+        key, f"world size {world_size} is no multiple of {involved}: set the world size to {worlds}{change}"
     )
-    known = max(replicate, 1) * max(shard, 1)
-    if dp % known or (known != dp and -1 not in (replicate, shard)):
-        key = "data_parallel_replicate_size" if replicate > 1 else "data_parallel_shard_size"
-        raise _error(
-            key,
-            f"{given} does not make the data-parallel size {dp} (world size {world_size}{_divided_by(train)}): "
-            f"leave one of the two sizes at -1 and set the other to a divisor of {dp}",
-        )
-    return (dp // shard if replicate == -1 else replicate), (dp // replicate if shard == -1 else shard)
 
 
-def _check_expert_groups(train: TrainConfig, shard: int, world_size: int) -> None:
+def _uneven_replicas(train: TrainConfig, dp: int, world_size: int) -> Problem:
+    replicate, shard = train.data_parallel_replicate_size, train.data_parallel_shard_size
+    sizes = {"train.data_parallel_replicate_size": replicate, "train.data_parallel_shard_size": shard}
+    given = " x ".join(f"{key}={size}" for key, size in sizes.items() if size != -1)
+    if train.data_parallel_mode == "ddp":
+        right = f"with ddp every rank is a replica, set train.data_parallel_replicate_size to {dp} or -1"
+    else:
+        right = f"leave one of the two sizes at -1 and set the other to a divisor of {dp}"
+    return _problem(
+        "data_parallel_replicate_size" if replicate > 1 else "data_parallel_shard_size",
+        f"{given} does not make the data-parallel size {dp} (world size {world_size}{_divided_by(train)}): {right}",
+    )
+
+
+def _expert_groups(train: TrainConfig, shard: int, world_size: int) -> list[Problem]:
     ranks = shard * train.ulysses_parallel_size * train.context_parallel_size
     size = train.expert_parallel_size
-    if ranks % size:
-        fits = " or ".join(str(value) for value in range(1, min(ranks, _MOST_RANKS) + 1) if ranks % value == 0)
-        raise _error(
-            "expert_parallel_size",
-            f"{size} does not divide the {ranks} ranks that share a copy of the model (train.data_parallel_shard_size "
-            f"{shard} x train.ulysses_parallel_size {train.ulysses_parallel_size}, world size {world_size}): "
-            f"set train.expert_parallel_size to {fits}",
-        )
+    if ranks % size == 0:
+        return []
+    text = (
+        f"{size} does not divide the {ranks} ranks that share a copy of the model (train.data_parallel_shard_size "
+        f"{shard} x train.ulysses_parallel_size {train.ulysses_parallel_size}, world size {world_size}): "
+        f"set train.expert_parallel_size to {divisors_near(ranks, size)}"
+    )
+    return [_problem("expert_parallel_size", text)]
+
+
+def divisors_near(whole: int, size: int) -> str:
+    """The divisors of `whole` that lie nearest to `size`, four at most, in words; none above 1,024 is looked for."""
+    divisors = [value for value in range(1, min(whole, _MOST_RANKS) + 1) if whole % value == 0]
+    return " or ".join(str(value) for value in sorted(sorted(divisors, key=lambda value: abs(value - size))[:4]))
 
 
 def _divided_by(train: TrainConfig) -> str:
@@ -157,5 +188,5 @@ def _multiples_around(value: int, base: int) -> list[int]:
     return sorted({size for size in (value // base * base, -(-value // base) * base) if size})
 
 
-def _error(key: str, text: str) -> ConfigError:
-    return ConfigError([Problem(f"train.{key}" if key else "", text)])
+def _problem(key: str, text: str) -> Problem:
+    return Problem(f"train.{key}", text)

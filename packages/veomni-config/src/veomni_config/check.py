@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError, create_model
 
 from .errors import ConfigError, Origin, Problem
-from .newer_layout import newer_layout_hint
+from .newer_layout import misspelt, nearest_block, newer_layout_hint
 from .node import Key, Node
-from .schema import allowed, config_keys, find_key, fit, nearest_key, section_class, words_of
+from .provenance import source_of
+from .schema import allowed, config_keys, find_key, fit, is_optional, nearest_key, section_class, words_of
 from .section import RULES_LATER, Section
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
-def check(cls: type[ConfigT], tree: Node, start: Origin, problems: Iterable[Problem] = ()) -> ConfigT:
+Further: TypeAlias = Callable[[BaseModel, Collection[str], Collection[str]], Iterable[Problem]]
+
+
+def check(
+    cls: type[ConfigT],
+    tree: Node,
+    start: Origin,
+    problems: Iterable[Problem] = (),
+    further: Further = lambda *_: (),
+) -> ConfigT:
     """The configuration that `tree` holds. Raises ConfigError with `problems` and all others that are found.
 
-    A key that is missing altogether is reported at its section or, without that, at `start`.
+    A key that is missing altogether is reported at its section or, without that, at `start`. `further` finds more in
+    the configuration, where the keys that it is given next are wrong and hold stand-ins, those after break rules.
     """
     checking = _Check(cls, tree, start, list(problems))
     values = checking.section(cls, tree, ())
+    checking.unusable = frozenset(checking.bad)
     try:
         config = cls.model_validate(values, context=RULES_LATER)
     except ValidationError as error:
@@ -36,6 +48,9 @@ def check(cls: type[ConfigT], tree: Node, start: Origin, problems: Iterable[Prob
         config = _without(cls, values, checking.bad)
     if config is not None:
         checking.rules(config, ())
+        for problem in further(config, [".".join(path) for path in checking.bad], checking.in_broken_rules):
+            node = tree.find(tuple(problem.key.split(".")))
+            checking.problems.append(Problem(problem.key, problem.text, node.origin if node else start))
     if checking.problems or config is None:
         raise ConfigError(checking.sorted_problems())
     return config
@@ -48,7 +63,10 @@ class _Check:
     start: Origin
     problems: list[Problem]
     bad: set[tuple[str, ...]] = field(default_factory=set)  # keys that are reported, which no rule may read
-    newer: set[Problem] = field(default_factory=set)  # blocks of the newer layout
+    unusable: frozenset[tuple[str, ...]] = frozenset()  # those of them that pydantic does not see
+    in_broken_rules: set[str] = field(default_factory=set)
+    told: set[tuple[Key, ...]] = field(default_factory=set)  # what pydantic found
+    newer: set[Problem] = field(default_factory=set)  # blocks of the newer layout in files
 
     def report(self, path: tuple[Key, ...], text: str, origin: Origin) -> None:
         self.problems.append(Problem(".".join(map(str, path)), text, origin))
@@ -74,6 +92,9 @@ class _Check:
             if inner is not None:
                 if child is None and not info.is_required():
                     continue
+                if child and child.value is None and not child.problem and is_optional(info):
+                    values[name] = None
+                    continue
                 child = child or Node({}, self.start if not path else node.origin)
                 if not child.problem and child.value is not None and not isinstance(child.value, dict):
                     child = Node({}, child.origin, problem=f"{show(child)} given; allowed: a mapping of keys")
@@ -85,7 +106,7 @@ class _Check:
                 if isinstance(child.value, dict) and not allowed(info).startswith("mapping"):
                     hint = newer_layout_hint(here, child)  # of a block with the name of our key: `train.optimizer`
                     if hint:
-                        self.report_newer_layout(here, hint, child.origin)
+                        self.unknown(here, child)
                         self.bad.add(here)
                         continue
                 child = fit(child, info.annotation, allowed(info))
@@ -95,43 +116,51 @@ class _Check:
 
     def report_newer_layout(self, path: tuple[Key, ...], hint: str, origin: Origin) -> None:
         self.report(path, hint, origin)
-        self.newer.add(self.problems[-1])
+        if origin.file:
+            self.newer.add(self.problems[-1])
 
     def broken(self, path: tuple[Key, ...], node: Node) -> bool:
         """Whether a value, or anything in it, cannot be used; that is reported."""
-        if node.problem:
-            self.report(path, node.problem, node.origin)
-            self.bad.add(self.key_of(path))
-            return True
-        inside: Iterable[tuple[Key, Node]] = ()
-        if isinstance(node.value, dict):
-            inside = node.value.items()
-        elif isinstance(node.value, list):
-            inside = enumerate(node.value)
-        broken = False
-        for part, child in inside:
-            broken |= self.broken((*path, part), child)
-        return broken
+        found = list(node.problems(path))
+        for place, part in found:
+            self.report(place, str(part.problem), part.origin)
+            self.bad.add(self.key_of(place))
+        return bool(found)
 
     def unknown(self, path: tuple[Key, ...], node: Node) -> None:
         if path == ("help",) and not node.origin.file:
             self.report(path, "every key is explained by `veomni-config reference`", node.origin)
             return
-        if not node.origin.file:  # the argument names a leaf, not the first unknown part of its path
-            path, node = self.first_leaf(path, node)
+        if not node.origin.file and isinstance(node.value, dict) and node.value:
+            for name, child in node.value.items():  # arguments name leaves, not the first unknown part of their path
+                self.unknown((*path, name), child)
+            return
         if hint := newer_layout_hint(path, node):
             self.report_newer_layout(path, hint, node.origin)
+            self.misspelt(path, node)
             return
-        nearest = nearest_key(self.cls, path)
+        if hint := misspelt(".".join(map(str, path))):
+            self.report(path, hint, node.origin)
+            return
+        near = nearest_key(self.cls, path) or nearest_block(path)
         dashes = "" if node.origin.file else "--"
-        hint = f", did you mean {dashes}{nearest}?" if nearest else ""
+        if near and (near,) == path:  # the key itself, as one word with a dot
+            section, _, name = near.rpartition(".")
+            self.report(path, f"unknown key: write {name} below {section}", node.origin)
+            return
+        hint = f", did you mean {dashes}{near}?" if near else ""
         self.report(path, f"unknown key{hint}", node.origin)
 
-    def first_leaf(self, path: tuple[Key, ...], node: Node) -> tuple[tuple[Key, ...], Node]:
-        while isinstance(node.value, dict) and node.value:
-            name, node = next(iter(node.value.items()))
-            path = (*path, name)
-        return path, node
+    def misspelt(self, path: tuple[Key, ...], block: Node) -> None:
+        """Report what a block of the newer layout does not have."""
+        for name, child in block.value.items() if isinstance(block.value, dict) else ():
+            here = (*path, name)
+            if not child.origin.file:
+                self.unknown(here, child)
+            elif hint := misspelt(".".join(map(str, here))):
+                self.report(here, hint, child.origin)
+            else:
+                self.misspelt(here, child)
 
     def key_of(self, path: tuple[Key, ...]) -> tuple[str, ...]:
         key = find_key(self.cls, path)
@@ -141,8 +170,11 @@ class _Check:
         """Report what pydantic found, in words of the schema."""
         path = self.located(detail["loc"])
         key, node = find_key(self.cls, path), self.tree.find(path)
-        if any(path[:depth] in self.bad for depth in range(1, len(path) + (detail["type"] == "missing"))):
+        if any(path[:depth] in self.unusable for depth in range(1, len(path) + (detail["type"] == "missing"))):
             return
+        if any(path[: len(other)] == other or other[: len(path)] == path for other in self.told):
+            return  # another alternative of a union
+        self.told.add(path)
         self.bad.add(self.key_of(path))
         origin = node.origin if node else self.origin_of_missing(path)
         if detail["type"] == "missing":
@@ -156,10 +188,13 @@ class _Check:
             expected = detail.get("ctx", {}).get("expected")
             self.report(path, f"unknown key; allowed: {expected or 'text, in quotes if it is a number'}", origin)
         elif key is None or key.path != path or node is None:
-            self.report(path, f"{show(node)} given; {detail['msg'][:1].lower()}{detail['msg'][1:]}", origin)
+            words = detail["msg"].removeprefix("Input should be ").split(", unable to parse")[0]
+            words = words.replace("a valid string", "text").replace("a valid ", "a ")
+            self.report(path, f"{show(node)} given; allowed: {words}", origin)
         else:
             nearest = difflib.get_close_matches(str(node.value), words_of(key.field), 1, 0.5)
             hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+            hint = " and finite" if detail["type"] == "finite_number" else hint
             self.report(path, f"{show(node)} given; allowed: {allowed(key.field)}{hint}", origin)
 
     def located(self, loc: Iterable[Key]) -> tuple[Key, ...]:
@@ -206,9 +241,10 @@ class _Check:
                 first = full, node
             value: Any = section
             for part in key.split("."):
-                value = getattr(value, part)
-            given.append(f"{'.'.join(full)}={_word(value)} ({node.origin if node else 'default'})")
+                value = getattr(value, part, None)
+            given.append(f"{'.'.join(full)}={_word(value)} ({source_of(self.cls, self.tree, full, value)})")
         where, origin = (first[0], first[1].origin) if first else ((*path, *keys[0].split(".")), self.start)
+        self.in_broken_rules.update(".".join((*path, key)) for key in keys)
         self.report(where, f"{sentence}; given: {', '.join(given)}", origin)
 
 
@@ -240,7 +276,7 @@ def _without(cls: type[ConfigT], values: dict[str, Any], bad: set[tuple[str, ...
         for name, info in section.model_fields.items():
             here = (*path, name)
             inner = section_class(info.annotation)
-            if inner is not None and name in given:
+            if inner is not None and given.get(name) is not None:
                 fields[name] = (lenient(inner, given[name], here), ...)
             elif here in bad:
                 given.pop(name, None)

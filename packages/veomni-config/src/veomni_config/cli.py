@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from .check import Further
 from .diff import diff_configs
-from .errors import ConfigError, Origin, Problem
+from .errors import ConfigError, Problem
 from .json_schema import file_schema
 from .migrate import migrate
 from .omni import OmniRecipeConfig, VLRecipeConfig
@@ -23,7 +26,8 @@ from .parse import ConfigWarning, Resolved, resolve, unknown_keys
 from .recipe import InferRecipeConfig, RecipeConfig
 from .reference import reference_page
 from .show import show_config
-from .yaml_reader import decode
+from .validate import further_problems
+from .yaml_reader import decode, read_file
 
 USAGE = """\
 usage: veomni-config COMMAND
@@ -49,6 +53,8 @@ RECIPES: dict[str, type[BaseModel]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, 1 (`diff`: they differ) or 2 (one sentence for each mistake on standard error)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
     arguments = sys.argv[1:] if argv is None else list(argv)
     commands = {
         "validate": _validate,
@@ -58,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         "schema": _schema,
         "reference": _reference,
     }
-    if arguments[:1] in (["-h"], ["--help"], ["help"]):
+    if arguments[:1] == ["help"] or {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         return 0
     command: Callable[[list[str]], int] | None = commands.get(arguments[0]) if arguments else None
@@ -86,18 +92,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _validate(arguments: list[str]) -> int:
-    world_size = _take(arguments, "--world-size")
-    recipe, resolved = _load(arguments)
+    text = _take(arguments, "--world-size")
+    if text is not None and not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise _usage(f"--world-size {text}: a whole number >= 1 is allowed")
+    world_size = None if text is None else int(text)
+    recipe, resolved = _load(arguments, partial(further_problems, world_size=world_size))
     line = f"{arguments[0]}: valid ({recipe})"
     if world_size is not None:
-        if not re.fullmatch("[1-9][0-9]{0,8}", world_size):
-            raise _usage(f"--world-size {world_size}: a whole number >= 1 is allowed")
         if not isinstance(resolved.config, RecipeConfig):
             raise _usage("--world-size is for the configuration of a training")
-        try:
-            plan = resolved.config.batch_plan(int(world_size))
-        except ConfigError as error:
-            raise ConfigError(_placed(problem, resolved, arguments[0]) for problem in error.problems) from None
+        plan = resolved.config.batch_plan(world_size)
         line += "".join(f"\n  {name}: {value}" for name, value in dataclasses.asdict(plan).items())
     print(line)
     return 0
@@ -149,16 +153,17 @@ def _reference(arguments: list[str]) -> int:
     return 0
 
 
-def _load(arguments: list[str]) -> tuple[str, Resolved[BaseModel]]:
+def _load(arguments: list[str], further: Further = lambda *_: ()) -> tuple[str, Resolved[BaseModel]]:
     """The recipe's name and the configuration; a run folder stands for the `config.yaml` in it."""
     recipe = _take(arguments, "--recipe")
     if not arguments or arguments[0].startswith("--"):
         raise _usage("a YAML file is expected first")
     path = Path(arguments[0])
     argv = [str(path / "config.yaml" if path.is_dir() else path), *arguments[1:]]
+    written = read_file(argv[0])
     if recipe is None:
-        recipe = min(RECIPES, key=lambda name: unknown_keys(RECIPES[name], argv))
-    return recipe, resolve(_recipe(recipe), argv)
+        recipe = min(RECIPES, key=lambda name: unknown_keys(RECIPES[name], argv, written))
+    return recipe, resolve(_recipe(recipe), argv, further, written)
 
 
 def _recipe(name: str) -> type[BaseModel]:
@@ -168,11 +173,12 @@ def _recipe(name: str) -> type[BaseModel]:
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise _usage(f"--recipe {name}: {error}; allowed: {', '.join(RECIPES)}, or MODULE:CLASS") from None
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise _usage(f"--recipe {name}: {reason}; allowed: {', '.join(RECIPES)}, or MODULE:CLASS") from None
     finally:
         sys.path.pop(0)
-    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+    if not (isinstance(found, type) and issubclass(found, BaseModel) and found.model_fields):
         raise _usage(f"--recipe {name}: not a configuration class")
     return found
 
@@ -197,9 +203,3 @@ def _no_more(arguments: list[str]) -> None:
 
 def _usage(text: str) -> ConfigError:
     return ConfigError([Problem("", f"veomni-config: {text}")])
-
-
-def _placed(problem: Problem, resolved: Resolved[BaseModel], file: str) -> Problem:
-    """`problem` at the line where its key was written, or at the top of the file."""
-    node = resolved.tree.find(tuple(problem.key.split(".")))
-    return Problem(problem.key, problem.text, node.origin if node else Origin(file, 1))

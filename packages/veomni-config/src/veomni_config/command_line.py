@@ -64,6 +64,8 @@ def _value(name: str, path: tuple[str, ...], key: ConfigKey | None, text: str | 
     if text is None:
         problem = f"a value is missing: --{name} VALUE" if key and not switch else None
         return Node(True, _HERE, problem=problem)
+    if text == "":
+        return Node(None, _HERE, problem="no value given: write null for none, '' for empty text, or leave it out")
     return parse_value(text)
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .section import Section, rule
 
 _TEXT_KEYS = {"plaintext": "content_split", "conversation": "messages"}
+
+
+def _a_length(value: Any) -> Any:
+    if value is None:
+        raise ValueError(
+            "nothing given; packing (train.rmpad, train.rmpad_with_pos_ids) and train.dyn_bsz fill rows of this "
+            "length; allowed: whole number >= 1"
+        )
+    return value
 
 
 class DataConfig(Section):
@@ -54,7 +63,9 @@ class DataConfig(Section):
     chat_template: str = Field(
         default="default", min_length=1, description="Name of the chat template that renders conversations."
     )
-    max_seq_len: int = Field(default=2048, ge=1, description="Tokens in a row at most.")
+    max_seq_len: Annotated[int, BeforeValidator(_a_length)] = Field(
+        default=2048, ge=1, description="Tokens in a row at most."
+    )
     num_workers: int = Field(
         default=2, ge=0, description="Worker processes of the loader on each rank; 0 loads in the main one."
     )

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from .parse import Resolved
-from .show import source_of
+from .provenance import source_of
 from .yaml_writer import plain_config, to_yaml
 
 _ABSENT = object()
@@ -36,4 +36,4 @@ def _leaves(value: dict[Any, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple
 def _described(resolved: Resolved[BaseModel], path: tuple[Any, ...], value: Any) -> str:
     if value is _ABSENT:
         return "not there"
-    return f"{to_yaml(value, flow=True)} ({source_of(resolved, path, value)})"
+    return f"{to_yaml(value, flow=True)} ({source_of(type(resolved.config), resolved.tree, path, value)})"

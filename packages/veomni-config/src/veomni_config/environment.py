@@ -6,6 +6,7 @@ import os
 import re
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{(env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}|(?P<other>\w+)?)")
+_NESTED = re.compile(r"(?<!\$)\$\{env:[A-Za-z_][A-Za-z0-9_]*:-[^}]*\$\{")
 
 
 def substitute_environment(text: str) -> tuple[str, str | None]:
@@ -14,6 +15,8 @@ def substitute_environment(text: str) -> tuple[str, str | None]:
     What a variable holds is not looked into again. A variable that is set but empty counts as unset where a default
     is given, as in a shell.
     """
+    if _NESTED.search(text):
+        return text, f"{text!r} holds a reference within a reference: a default is plain text, without ${{"
     problems = []
 
     def fill(match: re.Match[str]) -> str:
@@ -35,7 +38,7 @@ def substitute_environment(text: str) -> tuple[str, str | None]:
         return value or ""
 
     filled = _REFERENCE.sub(fill, text)
-    return filled, problems[0] if problems else None
+    return filled, "; ".join(dict.fromkeys(problems)) or None
 
 
 def escape_environment(text: str) -> str:

@@ -6,6 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+# what the loader takes beside the value itself
+_WORDS = {"type": "string", "pattern": "^([Yy]es|YES|[Nn]o|NO|[Oo]n|ON|[Oo]ff|OFF|[Tt]rue|TRUE|[Ff]alse|FALSE|0|1)$"}
+_QUOTED = {"type": "string", "pattern": r"^[-+]?[0-9_]*\.?[0-9_]+\.?([eE][-+]?[0-9]+)?$"}
+_BESIDE: dict[str, list[dict[str, Any]]] = {
+    "boolean": [_WORDS, {"enum": [0, 1]}],
+    "integer": [_QUOTED],
+    "number": [_QUOTED],
+}
 _REFERENCE = {"type": "string", "pattern": r"\$\{env:"}
 
 
@@ -15,10 +23,15 @@ def file_schema(cls: type[BaseModel]) -> dict[str, Any]:
     Nothing is required, since a parent file or the command line may give it; every value may be `${env:NAME}`.
     """
     schema = cls.model_json_schema()
-    for section in (schema, *schema.get("$defs", {}).values()):
+    definitions = schema.get("$defs", {})
+    sections = {f"#/$defs/{name}" for name, definition in definitions.items() if "properties" in definition}
+    for section in (schema, *definitions.values()):
         section.pop("required", None)
         section.pop("title", None)
-        section["properties"] = {name: _or_reference(value) for name, value in section["properties"].items()}
+        if "properties" in section:  # not an enumeration
+            section["properties"] = {
+                name: _or_reference(value, sections) for name, value in section["properties"].items()
+            }
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"]["extends"] = {
         "type": "string",
@@ -27,10 +40,10 @@ def file_schema(cls: type[BaseModel]) -> dict[str, Any]:
     return schema
 
 
-def _or_reference(value: dict[str, Any]) -> dict[str, Any]:
-    """`value`, or text with an environment reference in it; a section stays as it is, except that it may be empty."""
+def _or_reference(value: dict[str, Any], sections: set[str]) -> dict[str, Any]:
+    """`value`, or text with an environment reference in it; one of `sections` stays as it is, but may be empty."""
     value.pop("title", None)
-    if "$ref" in value:
+    if value.get("$ref") in sections:
         return {"anyOf": [value, {"type": "null"}]}
     notes: dict[str, Any] = {key: value.pop(key) for key in ("description", "default", "legacy") if key in value}
     if "legacy" in notes:
@@ -38,4 +51,6 @@ def _or_reference(value: dict[str, Any]) -> dict[str, Any]:
         notes["description"] += f" No effect: {notes.pop('legacy')}."
     if value.get("type") == "string" and len(value) == 1:
         return value | notes
-    return {"anyOf": [*value.pop("anyOf", [value] if value else [{}]), _REFERENCE]} | notes
+    kinds = value.pop("anyOf", [value] if value else [{}])
+    beside = [each for kind in kinds for each in _BESIDE.get(kind.get("type", ""), ())]
+    return {"anyOf": [*kinds, *beside, _REFERENCE]} | notes

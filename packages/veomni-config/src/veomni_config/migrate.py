@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError, Origin, Problem
-from .newer_layout import BLOCKS, DEFAULTS, KERNELS, RENAMED, why_dropped
+from .newer_layout import BLOCKS, DEFAULTS, KERNELS, RENAMED, misspelt, why_dropped
 from .yaml_reader import read_text
+from .yaml_writer import key_to_yaml
 
 _SECTIONS = ("model", "data", "train")
+_OURS = set(RENAMED.values())  # `train.optimizer` is a key here and a block there
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class _Entry:
         return not self.block and self.value in ("", "{}", "null", "~")
 
     def written_as(self, name: str) -> list[str]:
-        head = " ".join(part for part in (f"{name}:", self.value) if part)
+        head = " ".join(part for part in (f"{key_to_yaml(name)}:", self.value) if part)
         head = f"{head}  {self.beside}" if self.beside else head
         return [head, *(f"  {line}" if line else line for line in self.block)]
 
@@ -52,9 +55,11 @@ def migrate(text: str, file: str) -> Migration:
 
     What has no counterpart stays in its place as a comment. What a left-out key means there but not here is added.
     Values that we do not know (`muon`) stay, for the parser to refuse. `file` is the name for messages. Raises
-    ConfigError where `text` is no YAML that could be a configuration.
+    ConfigError where `text` is no YAML that could be a configuration, or has a key that the newer layout does not know.
     """
     entries, comments, rest = _read(text, file)
+    if wrong := [problem for entry in entries for problem in _unknown(entry, file)]:
+        raise ConfigError(wrong)
     if not any(entry.key in RENAMED or why_dropped(entry.key) for entry in entries):
         return Migration(text, ())
     report: list[str] = []
@@ -67,7 +72,9 @@ def migrate(text: str, file: str) -> Migration:
         target = RENAMED.get(entry.key, entry.key)
         section, _, name = target.rpartition(".")
         reason = why_dropped(entry.key)
-        if entry.is_empty() and entry.key in renamed:
+        if entry.is_empty() and entry.key in BLOCKS:
+            reason = "it is empty"
+        elif entry.is_empty() and entry.key in renamed:
             reason = "a renamed key takes its place"
         elif target in written or (target != entry.key and target in originals):
             reason = f"{target} is given too"
@@ -88,7 +95,10 @@ def migrate(text: str, file: str) -> Migration:
                 report.append(f"{place}: unchanged: the file that it names has to be rewritten too")
             new = [*entry.above, *entry.written_as(name)]
         lines.setdefault(section, []).extend(new)
+    is_ddp = any(entry.key.endswith("fsdp_config.fsdp_mode") and entry.value.strip("'\"") == "ddp" for entry in entries)
     for target, value in DEFAULTS.items():
+        if target == "train.init_device" and is_ddp:  # `meta` weights are for shards
+            continue
         if target not in written and "extends" not in written:
             section, _, name = target.rpartition(".")
             report.append(f"{file}: {target}: added: {value}, which is meant there by leaving it out")
@@ -101,9 +111,19 @@ def migrate(text: str, file: str) -> Migration:
     return Migration("\n".join([*output, *end, *rest]) + "\n", tuple(report))
 
 
+def _unknown(entry: _Entry, file: str) -> Iterator[Problem]:
+    text = misspelt(entry.key)
+    if entry.key in BLOCKS and entry.key not in _OURS and not entry.is_empty():
+        text = f"{entry.value or 'a list'} given; allowed: a mapping of keys"
+    if text:
+        yield Problem(entry.key, text, Origin(file, entry.line))
+
+
 def _read(text: str, file: str) -> tuple[list[_Entry], dict[str, list[str]], list[str]]:
     """The entries of a file in their order, the comments above each section, and the lines after the last entry."""
-    read_text(text, file)
+    tree = read_text(text, file, environment=False)
+    if wrong := [Problem(".".join(map(str, path)), str(node.problem), node.origin) for path, node in tree.problems()]:
+        raise ConfigError(wrong)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         shared = any(getattr(event, "anchor", None) for event in yaml.parse(text, Loader=yaml.SafeLoader))
@@ -112,7 +132,7 @@ def _read(text: str, file: str) -> tuple[list[_Entry], dict[str, list[str]], lis
         raise ConfigError([Problem("", f"not YAML: {error.problem}", Origin(file, line))]) from None
     reading = _Reading(text.splitlines(), written_out=shared)
     if isinstance(root, yaml.MappingNode):
-        reading.mapping(root, "")
+        reading.mapping(root, "", set())
     rest = [line for line in reading.lines[reading.done :] if _is_comment(line)]
     return reading.entries, reading.comments, reading.pending + rest
 
@@ -128,12 +148,17 @@ class _Reading:
         self.pending: list[str] = []  # comments above a block, for its first entry
         self.done = 0  # lines that are read
 
-    def mapping(self, node: yaml.MappingNode, prefix: str) -> None:
+    def mapping(self, node: yaml.MappingNode, prefix: str, hidden: set[str]) -> None:
+        """Read a mapping without its `hidden` keys, which are given nearer; its own hide those that `<<` brings."""
+        given_nearer = frozenset(hidden)
+        hidden.update(key.value for key, _ in node.value if not _merges(key))
         for key, value in node.value:
-            if key.value == "<<" and key.style is None:
+            if _merges(key):
                 for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if isinstance(source, yaml.MappingNode):
-                        self.mapping(source, prefix)
+                        self.mapping(source, prefix, hidden)
+                continue
+            if key.value in given_nearer:
                 continue
             dotted = f"{prefix}{key.value}"
             above = self.above(key.start_mark.line)
@@ -145,7 +170,7 @@ class _Reading:
                 else:
                     self.pending = above
                 if inside:
-                    self.mapping(value, f"{dotted}.")
+                    self.mapping(value, f"{dotted}.", set())
                     if value.flow_style and not self.written_out:
                         self.pending += self.comment_after(value.end_mark)
                         self.done = max(self.done, value.end_mark.line + 1)
@@ -164,12 +189,28 @@ class _Reading:
         rest = rest.removeprefix(":").lstrip() if colon else rest
         return [rest.rstrip()] if rest.startswith("#") else []
 
+    def comments_inside(self, value: yaml.Node) -> list[str]:
+        """The comments on the lines of a flow value, before its end."""
+        texts = [(_at(node.start_mark), _at(node.end_mark)) for node in _scalars(value)]
+        end = _at(value.end_mark)
+        found = []
+        for number in range(value.start_mark.line, value.end_mark.line + 1):
+            for match in re.finditer(r"(?<!\S)#", self.lines[number] if number < len(self.lines) else ""):
+                here = (number, match.start())
+                if _at(value.start_mark) < here < end and not any(start <= here < stop for start, stop in texts):
+                    found.append(self.lines[number][match.start() :].rstrip())
+                    break
+        return found
+
     def entry(self, dotted: str, key: yaml.Node, value: yaml.Node, above: list[str]) -> _Entry:
-        first, last = key.start_mark.line, _last_line(value)
+        first, last = key.start_mark.line, _last_line(value, self.lines)
         is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
         entry = _Entry(dotted, first + 1, above, "")
+        is_block_text = isinstance(value, yaml.ScalarNode) and value.style in ("|", ">")
         if self.written_out or (not is_block and last > first) or (is_block and value.start_mark.line == first):
             entry.value = _flow(value)
+            if not self.written_out:
+                entry.above += self.comments_inside(value)
         elif is_block:
             self.done = max(self.done, last + 1)
             block = self.lines[first + 1 : last + 1]
@@ -179,9 +220,17 @@ class _Reading:
             return entry
         else:
             entry.value = self.lines[first][value.start_mark.column : value.end_mark.column].strip()
-        entry.beside = "".join(self.comment_after(key.end_mark if self.written_out else value.end_mark))
+        if is_block_text:
+            header = re.match(r"[|>][-+0-9]*\s+(#.*)", self.lines[value.start_mark.line][value.start_mark.column :])
+            entry.beside = header[1].rstrip() if header else ""
+        else:
+            entry.beside = "".join(self.comment_after(key.end_mark if self.written_out else value.end_mark))
         self.done = max(self.done, last + 1 if not self.written_out else first + 1)
         return entry
+
+
+def _merges(key: yaml.ScalarNode) -> bool:
+    return key.value == "<<" and key.style is None
 
 
 def _is_comment(line: str) -> bool:
@@ -193,12 +242,24 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
         yield from child if isinstance(child, tuple) else (child,)
 
 
-def _last_line(node: yaml.Node) -> int:
+def _scalars(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for child in _children(node):
+        yield from _scalars(child)
+
+
+def _at(mark: Any) -> tuple[int, int]:
+    return int(mark.line), int(mark.column)
+
+
+def _last_line(node: yaml.Node, lines: list[str]) -> int:
     """The last line that a value stands on; a block's own end mark is where the next key begins."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style:
-        return max(_last_line(child) for child in _children(node))
+        return max(_last_line(child, lines) for child in _children(node))
     end = node.end_mark
-    return int(end.line) - (end.column == 0 and end.line > node.start_mark.line)
+    before = lines[end.line][: end.column] if end.line < len(lines) else ""
+    return int(end.line) - (not before.strip() and end.line > node.start_mark.line)
 
 
 def _flow(node: yaml.Node) -> str:

@@ -9,11 +9,15 @@ from pydantic import BeforeValidator, Field
 from .section import AnyKeys, Names, Section
 
 Parts: TypeAlias = dict[str, Any]
+ReadParts: TypeAlias = dict[Literal["image", "video", "audio"], Parts]
+MadeParts: TypeAlias = dict[Literal["image"], Parts]
 Encoders: TypeAlias = Annotated[
-    dict[Literal["image", "video", "audio"], Parts], BeforeValidator(lambda value: {} if value is None else value)
+    ReadParts,
+    BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=ReadParts | None),
 ]
 Decoders: TypeAlias = Annotated[
-    dict[Literal["image"], Parts], BeforeValidator(lambda value: {} if value is None else value)
+    MadeParts,
+    BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=MadeParts | None),
 ]
 
 

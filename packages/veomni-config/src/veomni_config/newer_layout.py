@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .node import Key, Node
+from .schema import nearest
 
 RENAMED = {
     "model.model_config": "model.foundation",
@@ -65,51 +66,107 @@ RENAMED = {
     "train.checkpoint.save_hf_weights": "train.save_hf_weights",
 }
 
-# blocks and keys that are left out: nothing here is set by them, for the reason given
-WITHOUT_COUNTERPART = {
-    "model.safetensor_idx_path": "the index is found beside the weights",
-    "model.lora_config": "not supported yet",
-    "model.ops_implementation": "this kernel is chosen for the device of the run",
-    "model.encoder_data_balance": "not supported yet",
-    "model.encoder_data_balance_sorting_algo": "not supported yet",
-    "model.condition_model_path": "not supported yet",
-    "model.condition_model_cfg": "not supported yet",
-    "data.train_sample": "samples are counted",
-    "data.mm_configs": "not supported yet",
-    "data.offline_embedding_save_dir": "not supported yet",
-    "data.shuffle": "training data are shuffled by train.seed",
-    "data.dataloader.persistent_workers": "the loader decides it",
-    "data.dataloader.in_order": "the loader decides it",
-    "data.dataloader.worker_num_threads": "the loader decides it",
-    "data.dataloader.use_background_prefetcher": "the loader decides it",
-    "train.dyn_bsz_count_mode": "not supported yet",
-    "train.dyn_bsz_physical_overflow_ratio": "not supported yet",
-    "train.pad_to_length": "not supported yet",
-    "train.ep_sharded_stream_load": "not supported yet",
-    "train.enable_batch_invariant_mode": "not supported yet",
-    "train.sync_each_train_step": "not supported yet",
-    "train.eval_steps": "not supported yet",
-    "train.eval_epochs": "not supported yet",
-    "train.moe_load_balance_monitor_interval": "not supported yet",
-    "train.torch_compile": "blocks are compiled with torch's defaults",
-    "train.optimizer": "not supported yet",
-    "train.wandb.id": "not supported yet",
-    "train.profile.with_modules": "not supported yet",
-    "train.channel_loss": "not supported yet",
-    "train.gradient_checkpointing.debug": "not supported yet",
-    "train.gradient_checkpointing.early_stop": "not supported yet",
-    "train.chunk_mbs_config": "not supported yet",
-    "train.accelerator.extra_parallel_sizes": "not supported yet",
-    "train.accelerator.extra_parallel_placement_innermost": "not supported yet",
-    "train.accelerator.extra_parallel_names": "not supported yet",
-    "train.accelerator.fsdp_config": "not supported yet",
-    "train.checkpoint.dcp_save_to_lowest_rank": "not supported yet",
-    "train.checkpoint.hf_save_steps": "not supported yet",
-    "train.checkpoint.hf_save_epochs": "not supported yet",
-    "train.freeze_audio_tower": "not supported yet",
-    "train.training_task": "not supported yet",
-    "dpo_config": "not supported yet",
+# keys that are left out: nothing here is set by them, for the reason given
+_REASONS = {
+    "the index is found beside the weights": ("model.safetensor_idx_path",),
+    "not supported yet": (
+        "model.lora_config",
+        "train.dyn_bsz_count_mode",
+        "train.dyn_bsz_physical_overflow_ratio",
+        "train.pad_to_length",
+        "train.ep_sharded_stream_load",
+        "train.enable_batch_invariant_mode",
+        "train.sync_each_train_step",
+        "train.eval_steps",
+        "train.eval_epochs",
+        "train.moe_load_balance_monitor_interval",
+        "train.optimizer.muon_lr",
+        "train.optimizer.muon_momentum",
+        "train.optimizer.muon_nesterov",
+        "train.optimizer.muon_weight_decay",
+        "train.optimizer.muon_ns_steps",
+        "train.optimizer.muon_ns_coefficients",
+        "train.optimizer.muon_eps",
+        "train.optimizer.muon_adjust_lr_fn",
+        "train.optimizer.muon_head_group_size",
+        "train.optimizer.muon_head_split_modules",
+        "train.optimizer.muon_expert_zero_comm",
+        "train.optimizer.muon_ns_implementation",
+        "train.optimizer.muon_gram_ns_reset_iterations",
+        "train.wandb.id",
+        "train.profile.with_modules",
+        "train.channel_loss.enable",
+        "train.channel_loss.interval",
+        "train.channel_loss.source_id_keys",
+        "train.channel_loss.source_name_keys",
+        "train.channel_loss.extra_strip_keys",
+        "train.channel_loss.loss_metric_prefix",
+        "train.channel_loss.weighted_loss_metric_prefix",
+        "train.channel_loss.token_count_metric_prefix",
+        "train.channel_loss.log_weighted_loss",
+        "train.channel_loss.log_token_count",
+        "train.channel_loss.strict",
+        "train.gradient_checkpointing.debug",
+        "train.gradient_checkpointing.early_stop",
+        "train.chunk_mbs_config.enable",
+        "train.chunk_mbs_config.chunk_mbs",
+        "train.accelerator.extra_parallel_sizes",
+        "train.accelerator.extra_parallel_placement_innermost",
+        "train.accelerator.extra_parallel_names",
+        "train.accelerator.fsdp_config.reshard_after_backward",
+        "train.accelerator.fsdp_config.max_load_broadcast_size",
+        "train.accelerator.fsdp_config.mixed_precision.param_dtype",
+        "train.accelerator.fsdp_config.mixed_precision.reduce_dtype",
+        "train.accelerator.fsdp_config.mixed_precision.output_dtype",
+        "train.accelerator.fsdp_config.mixed_precision.cast_forward_inputs",
+        "train.checkpoint.dcp_save_to_lowest_rank",
+        "train.checkpoint.hf_save_steps",
+        "train.checkpoint.hf_save_epochs",
+        "train.freeze_audio_tower",
+        "model.encoder_data_balance",
+        "model.encoder_data_balance_sorting_algo",
+        "data.mm_configs",
+        "model.condition_model_path",
+        "model.condition_model_cfg",
+        "data.offline_embedding_save_dir",
+        "train.training_task",
+        "dpo_config.beta",
+        "dpo_config.label_smoothing",
+        "dpo_config.reference_free",
+        "dpo_config.loss_type",
+        "dpo_config.average_log_prob",
+        "dpo_config.refer_model_precision",
+    ),
+    "this kernel is chosen for the device of the run": (
+        "model.ops_implementation.cross_entropy_loss_implementation",
+        "model.ops_implementation.rms_norm_implementation",
+        "model.ops_implementation.swiglu_mlp_implementation",
+        "model.ops_implementation.rotary_pos_emb_implementation",
+        "model.ops_implementation.rotary_pos_emb_vision_implementation",
+        "model.ops_implementation.load_balancing_loss_implementation",
+        "model.ops_implementation.rms_norm_gated_implementation",
+        "model.ops_implementation.causal_conv1d_implementation",
+        "model.ops_implementation.chunk_gated_delta_rule_implementation",
+        "model.ops_implementation.dsa_indexer_implementation",
+        "model.ops_implementation.dsa_attention_implementation",
+        "model.ops_implementation.mhc_implementation",
+    ),
+    "samples are counted": ("data.train_sample",),
+    "the loader decides it": (
+        "data.dataloader.persistent_workers",
+        "data.dataloader.in_order",
+        "data.dataloader.worker_num_threads",
+        "data.dataloader.use_background_prefetcher",
+    ),
+    "blocks are compiled with torch's defaults": (
+        "train.torch_compile.backend",
+        "train.torch_compile.mode",
+        "train.torch_compile.fullgraph",
+        "train.torch_compile.dynamic",
+    ),
+    "training data are shuffled by train.seed": ("data.shuffle",),
 }
+WITHOUT_COUNTERPART = {key: reason for reason, keys in _REASONS.items() for key in keys}
 
 # what a file of that layout means by leaving a key out, where our default differs
 DEFAULTS = {
@@ -126,20 +183,41 @@ KERNELS = {
     "model.moe_implementation": ("eager",),
 }
 
+_FREE = ("model.model_config", "model.lora_config", "model.condition_model_cfg", "data.mm_configs")  # any keys below
+_SECTIONS = ("model", "data", "train")
+
 BLOCKS = {
     ".".join(parts[:depth])
     for parts in (key.split(".") for key in (*RENAMED, *WITHOUT_COUNTERPART))
-    for depth in range(2, len(parts))
-} | {key for key in WITHOUT_COUNTERPART if key in ("train.channel_loss", "train.chunk_mbs_config", "dpo_config")}
+    for depth in range(1, len(parts))
+}.difference(_SECTIONS)
 
 
 def why_dropped(key: str) -> str | None:
-    """Why a key of the newer layout has nothing to become here; None for a key that is kept or renamed."""
-    if key in RENAMED or key in RENAMED.values():
+    """Why a key of the newer layout has nothing to become here; None for a key that is kept, renamed or unknown."""
+    if key in RENAMED:
         return None
-    parts = key.split(".")
-    found = (WITHOUT_COUNTERPART.get(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
-    return next((reason for reason in found if reason), None)
+    free = next((name for name in _FREE if key.startswith(f"{name}.")), key)
+    return WITHOUT_COUNTERPART.get(free)
+
+
+def misspelt(key: str) -> str | None:
+    """What is wrong with a key that a block of the newer layout does not have; None for all other keys."""
+    block = key.rpartition(".")[0]
+    while block and block not in BLOCKS:
+        block = block.rpartition(".")[0]
+    if not block or block in _FREE or key in BLOCKS or key in RENAMED or why_dropped(key):
+        return None
+    beside = [known for known in (*RENAMED, *WITHOUT_COUNTERPART, *BLOCKS) if known.rpartition(".")[0] == block]
+    name = key.rpartition(".")[2]
+    near = nearest(name, beside) or nearest(name, RENAMED.values())
+    return "unknown key of the newer layout" + (f", did you mean {near}?" if near else "")
+
+
+def nearest_block(path: tuple[Key, ...]) -> str | None:
+    """The block of the newer layout, in the same section, that `path` most likely stands for."""
+    *parents, name = map(str, path)
+    return nearest(name, (block for block in BLOCKS if block.split(".")[:-1] == parents))
 
 
 def newer_layout_hint(path: tuple[Key, ...], node: Node) -> str | None:
@@ -150,4 +228,6 @@ def newer_layout_hint(path: tuple[Key, ...], node: Node) -> str | None:
         return None
     if node.origin.file:
         return f"belongs to the newer, nested layout: rewrite it by `veomni-config migrate {node.origin.file}`"
-    return f"is {RENAMED[key]} here" if key in RENAMED else f"has no counterpart here: {why_dropped(key)}"
+    if key in RENAMED:
+        return f"is {RENAMED[key]} here"
+    return f"has no counterpart here: {why_dropped(key) or 'it is a block of the newer, nested layout'}"

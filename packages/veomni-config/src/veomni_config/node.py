@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -30,6 +31,15 @@ class Node:
         if isinstance(self.value, list):
             return [node.plain() for node in self.value]
         return self.value
+
+    def problems(self, path: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Node]]:
+        """The nodes, in this one or it alone, that cannot be used, with their paths."""
+        if self.problem:
+            yield path, self
+        elif isinstance(self.value, dict | list):
+            items = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
+            for part, child in items:
+                yield from child.problems((*path, part))
 
     def find(self, path: tuple[Key, ...]) -> Node | None:
         """The node at `path`, or None."""

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from .check import check
+from .check import Further, check
 from .command_line import read_arguments
 from .errors import Origin, Problem
 from .node import Key, Node, merge
@@ -42,16 +42,24 @@ def parse_args(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT
     return resolve(cls, argv).config
 
 
-def resolve(cls: type[ConfigT], argv: Sequence[str] | None = None) -> Resolved[ConfigT]:
-    """`parse_args`, with the tree that says where each value was written."""
-    file, tree, problems = _read(cls, sys.argv[1:] if argv is None else argv)
+def resolve(
+    cls: type[ConfigT],
+    argv: Sequence[str] | None = None,
+    further: Further = lambda *_: (),
+    written: Node | None = None,
+) -> Resolved[ConfigT]:
+    """`parse_args`, with the tree that says where each value was written; `further` may find more that is wrong.
+
+    `written` is the file's tree, where that was read already: a pipe can be read once.
+    """
+    file, tree, problems = _read(cls, sys.argv[1:] if argv is None else argv, written)
     start = Origin(file, 1) if file is not None else Origin()
-    config = check(cls, tree, start, problems)
+    config = check(cls, tree, start, problems, further)
     warn_of_legacy_keys(cls, tree)
     return Resolved(config, tree)
 
 
-def unknown_keys(cls: type[BaseModel], argv: Sequence[str]) -> int:
+def unknown_keys(cls: type[BaseModel], argv: Sequence[str], written: Node) -> int:
     """How many keys of a file and a command line `cls` does not have."""
 
     def count(node: Node, path: tuple[Key, ...]) -> int:
@@ -60,13 +68,13 @@ def unknown_keys(cls: type[BaseModel], argv: Sequence[str]) -> int:
         inside = node.value if isinstance(node.value, dict) else {}
         return sum(count(child, (*path, name)) for name, child in inside.items()) if inside else 1
 
-    return count(_read(cls, argv)[1], ())
+    return count(_read(cls, argv, written)[1], ())
 
 
-def _read(cls: type[BaseModel], argv: Sequence[str]) -> tuple[str | None, Node, list[Problem]]:
+def _read(cls: type[BaseModel], argv: Sequence[str], written: Node | None) -> tuple[str | None, Node, list[Problem]]:
     """The file's name, what is written in it and on the command line, and what is wrong with the command line."""
     file, overrides, problems = read_arguments(cls, argv)
-    tree = merge(read_file(file), overrides) if file is not None else overrides
+    tree = merge(written or read_file(file), overrides) if file is not None else overrides
     return file, tree, problems
 
 

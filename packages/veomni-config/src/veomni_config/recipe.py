@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .architecture import attention_heads, experts
-from .batch_plan import BatchPlan, plan_batches
+from .batch_plan import BatchPlan, divisors_near, plan_batches
 from .data import DataConfig
 from .errors import ConfigError, Problem
 from .infer import InferConfig
@@ -76,6 +76,20 @@ class RecipeConfig(Section):
             "attention heads",
         )
 
+    @rule("train.ulysses_parallel_size", "train.tensor_parallel_size", "model.config_path", "model.foundation")
+    def _ulysses_and_tensor_parallel_divide_the_heads_together(self) -> str | None:
+        ulysses, tensor, heads = (
+            self.train.ulysses_parallel_size,
+            self.train.tensor_parallel_size,
+            attention_heads(self.model),
+        )
+        if heads is None or heads % ulysses or heads % tensor or heads % (ulysses * tensor) == 0:
+            return None
+        return (
+            f"{ulysses} x {tensor} does not divide the model's {heads} attention heads: "
+            f"set train.ulysses_parallel_size to {divisors_near(heads // tensor, ulysses)}"
+        )
+
     @rule("train.expert_parallel_size", "model.config_path", "model.foundation")
     def _expert_parallel_divides_the_experts(self) -> str | None:
         return _divides("train.expert_parallel_size", self.train.expert_parallel_size, experts(self.model), "experts")
@@ -90,5 +104,4 @@ class InferRecipeConfig(Section):
 def _divides(key: str, size: int, whole: int | None, things: str) -> str | None:
     if whole is None or whole % size == 0:
         return None
-    fits = " or ".join(str(value) for value in range(1, min(whole, 64) + 1) if whole % value == 0)
-    return f"{size} does not divide the model's {whole} {things}: set {key} to {fits}"
+    return f"{size} does not divide the model's {whole} {things}: set {key} to {divisors_near(whole, size)}"

@@ -48,7 +48,9 @@ def _table(keys: Iterable[ConfigKey]) -> str:
     lines = ["| key | allowed | default | meaning |", "| --- | --- | --- | --- |"]
     for key in keys:
         field = key.field
-        default = "required" if field.is_required() else f"`{to_yaml(plain_value(field.default), flow=True)}`"
+        default = "required"
+        if not field.is_required():
+            default = f"`{to_yaml(plain_value(field.get_default(call_default_factory=True)), flow=True)}`"
         meaning = field.description or ""
         if key.legacy:
             meaning += f" **No effect**: {key.legacy}."

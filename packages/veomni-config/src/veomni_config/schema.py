@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -24,6 +25,23 @@ _WORDS: dict[Any, str] = {
     type(None): "null",
     Any: "any value",
 }
+
+# what other programs call our keys
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "min_lr": "lr_min",
+    "warmup_ratio": "lr_warmup_ratio",
+    "lr_scheduler_type": "lr_decay_style",
+    "gradient_accumulation_steps": "global_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_checkpointing": "enable_gradient_checkpointing",
+    "max_length": "max_seq_len",
+    "epochs": "num_train_epochs",
+    "model_name_or_path": "model_path",
+    "resume_from_checkpoint": "load_checkpoint_path",
+}
+
+_LISTS = (list, tuple, set, frozenset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +96,23 @@ def find_key(cls: type[BaseModel], path: tuple[Key, ...]) -> ConfigKey | None:
 
 def nearest_key(cls: type[BaseModel], path: tuple[Key, ...]) -> str | None:
     """The dotted key that `path` most likely stands for: the same name in another section, or a similar one."""
-    dotted, name = ".".join(map(str, path)), str(path[-1])
+    *parents, name = (part for each in path for part in str(each).split("."))
     known = [key.dotted for key in config_keys(cls)]
-    sections = {".".join(key.path[:depth]) for key in config_keys(cls) for depth in range(1, len(key.path))}
     if len(path) < 2:
-        known += sections
-    same = [key for key in known if key.rsplit(".", 1)[-1] == name]
-    beside = [key for key in known if key.rsplit(".", 1)[0] == dotted.rsplit(".", 1)[0]]
-    for candidates in (same, difflib.get_close_matches(dotted, beside), difflib.get_close_matches(dotted, known)):
-        if candidates:
-            return candidates[0]
-    return None
+        known += dict.fromkeys(key.path[0] for key in config_keys(cls) if len(key.path) > 1)
+    beside = [key for key in known if key.split(".")[:-1] == parents]
+    name = _OTHER_NAMES.get(name, name)
+    same = next((key for key in known if key.split(".")[-1] == name), None)
+    return same or nearest(name, beside) or nearest(name, known)
+
+
+def nearest(name: str, keys: Iterable[str], cutoff: float = 0.75) -> str | None:
+    """The first of the dotted `keys` whose last part is the nearest to `name`; None where none is near."""
+    by_name: dict[str, str] = {}
+    for key in keys:
+        by_name.setdefault(key.rpartition(".")[2], key)
+    found = difflib.get_close_matches(name, by_name, 1, cutoff)
+    return by_name[found[0]] if found else None
 
 
 def allowed(field: FieldInfo) -> str:
@@ -103,10 +127,14 @@ def _allowed(annotation: Any, metadata: Any = ()) -> str:
     if origin in (Union, types.UnionType):
         words = [_allowed(part, metadata if part is not type(None) else ()) for part in arguments]
         return ", or ".join(words)
-    if origin is Literal:
-        return ", ".join("null" if part is None else str(part) for part in arguments)
-    if origin in (list, tuple):
-        return f"list of {_allowed(arguments[0])}" if arguments else "list"
+    if choices := _choices(annotation):
+        return ", ".join("null" if part is None else str(part) for part in choices)
+    if origin is tuple and arguments[-1:] != (...,):
+        return f"list of {', '.join(_allowed(part) for part in arguments)}"
+    if origin in _LISTS:
+        return f"list of {_allowed(arguments[0])}"
+    if annotation in _LISTS:
+        return "list"
     if origin is dict or annotation is dict:
         names = f" with the keys {_allowed(arguments[0])}" if arguments and get_origin(arguments[0]) is Literal else ""
         return f"mapping{names}"
@@ -140,7 +168,7 @@ def _flat(metadata: Any) -> Iterator[Any]:
 
 def is_list(field: FieldInfo) -> bool:
     """Whether a key holds a list."""
-    return any(get_origin(part) in (list, tuple) or part in (list, tuple) for part in _arms(field.annotation))
+    return any(get_origin(part) in _LISTS or part in _LISTS for part in _arms(field.annotation))
 
 
 def is_switch(field: FieldInfo) -> bool:
@@ -148,9 +176,14 @@ def is_switch(field: FieldInfo) -> bool:
     return bool in _arms(field.annotation)
 
 
+def is_optional(field: FieldInfo) -> bool:
+    """Whether a key may be null."""
+    return type(None) in _arms(field.annotation)
+
+
 def words_of(field: FieldInfo) -> list[str]:
     """The words that a key allows, where it is a choice."""
-    return [str(word) for arm in _arms(field.annotation) if get_origin(arm) is Literal for word in get_args(arm)]
+    return [str(word) for arm in _arms(field.annotation) for word in _choices(arm)]
 
 
 def fit(node: Node, annotation: Any, words: str) -> Node:
@@ -162,8 +195,10 @@ def fit(node: Node, annotation: Any, words: str) -> Node:
     if node.problem or Any in arms:
         return node
     if isinstance(node.value, list):
-        item = next((get_args(arm)[0] for arm in arms if get_origin(arm) in (list, tuple) and get_args(arm)), Any)
-        return Node([fit(part, item, words) for part in node.value], node.origin)
+        items = next((get_args(arm) for arm in arms if get_origin(arm) in _LISTS and get_args(arm)), (Any,))
+        own = len(items) if items[-1] is not ... else 1  # places of a tuple that have a type of their own
+        parts = [fit(part, items[index if index < own else 0], words) for index, part in enumerate(node.value)]
+        return Node(parts, node.origin)
     if isinstance(node.value, dict):
         value = next((get_args(arm)[1] for arm in arms if get_origin(arm) is dict), Any)
         return Node({key: fit(part, value, words) for key, part in node.value.items()}, node.origin)
@@ -182,16 +217,21 @@ def _takes(arms: list[Any], value: bool | int | float) -> bool:
     return any(
         type(value) is arm
         or (type(value) is int and arm is float)
-        or (
-            get_origin(arm) is Literal
-            and any(value is part or (type(value) is type(part) and value == part) for part in get_args(arm))
-        )
+        or any(value is part or (type(value) is type(part) and value == part) for part in _choices(arm))
         for arm in arms
     )
 
 
 def _has_words(annotation: Any) -> bool:
-    return get_origin(annotation) is Literal and any(isinstance(part, str) for part in get_args(annotation))
+    return any(isinstance(part, str) for part in _choices(annotation))
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a `Literal` or an enumeration."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    is_enum = isinstance(annotation, type) and issubclass(annotation, Enum)
+    return tuple(member.value for member in annotation) if is_enum else ()
 
 
 def _arms(annotation: Any) -> list[Any]:

@@ -14,9 +14,17 @@ RuleT = TypeVar("RuleT", bound=Callable[[Any], str | None])
 RULES_LATER = {"rules": "later"}  # validation context of parse_args, which tells all broken rules at once
 
 # the reference system's files may write null for these
-Names: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(lambda value: () if value is None else value)]
-Switch: TypeAlias = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
-AnyKeys: TypeAlias = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+Names: TypeAlias = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: () if value is None else value, json_schema_input_type=tuple[str, ...] | None),
+]
+Switch: TypeAlias = Annotated[
+    bool, BeforeValidator(lambda value: False if value is None else value, json_schema_input_type=bool | None)
+]
+AnyKeys: TypeAlias = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=dict[str, Any] | None),
+]
 
 
 def rule(*keys: str) -> Callable[[RuleT], RuleT]:
@@ -38,6 +46,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for name, field in cls.model_fields.items():
+            if field.alias or field.validation_alias or field.serialization_alias:
+                raise TypeError(f"{cls.__name__}.{name}: a key has one name, that of its field: leave out the alias")
+
     def derive(self) -> dict[str, Any]:
         """Values that follow from other keys, for keys that were left open; a subclass adds to those of its base."""
         return {}
@@ -49,7 +63,7 @@ class Section(BaseModel):
             methods |= vars(cls)
         for method in methods.values():
             keys = getattr(method, "rule_keys", None) if isinstance(method, FunctionType) else None
-            if keys and not any(_touches(key, bad) for key in keys for bad in ignore):
+            if keys and not any(touches(key, bad) for key in keys for bad in ignore):
                 sentence = method(self)
                 if sentence:
                     yield keys, sentence
@@ -64,5 +78,6 @@ class Section(BaseModel):
         return self
 
 
-def _touches(key: str, bad: str) -> bool:
+def touches(key: str, bad: str) -> bool:
+    """Whether one of two dotted keys is the other or lies in it."""
     return key == bad or key.startswith(bad + ".") or bad.startswith(key + ".")

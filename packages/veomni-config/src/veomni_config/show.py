@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from .parse import Resolved
-from .schema import find_key
-from .yaml_writer import key_to_yaml, plain_config, plain_value, to_yaml
+from .provenance import source_of
+from .yaml_writer import key_to_yaml, plain_config, to_yaml
 
 
 def show_config(resolved: Resolved[BaseModel]) -> str:
@@ -23,18 +23,9 @@ def show_config(resolved: Resolved[BaseModel]) -> str:
                 rows.append((head, ""))
                 add(value, here)
             else:
-                rows.append((f"{head} {to_yaml(value, flow=True)}", source_of(resolved, here, value)))
+                source = source_of(type(resolved.config), resolved.tree, here, value)
+                rows.append((f"{head} {to_yaml(value, flow=True)}", source))
 
     add(plain_config(resolved.config), ())
     width = min(60, max(len(text) for text, _ in rows))
     return "".join(f"{text:{width}}  # {source}\n" if source else f"{text}\n" for text, source in rows)
-
-
-def source_of(resolved: Resolved[BaseModel], path: tuple[Any, ...], value: Any) -> str:
-    """Where the value at `path` came from."""
-    node = resolved.tree.find(path)
-    if node is not None and (node.value is not None or not value):
-        return str(node.origin)
-    key = find_key(type(resolved.config), path)
-    default = plain_value(key.field.default) if key else None
-    return "default" if value == default else "derived"

@@ -21,9 +21,9 @@ def _not_empty(value: Any) -> Any:
 class TrainConfig(Section):
     """How the model is trained: optimization, batches, sharding, checkpoints."""
 
-    output_dir: Annotated[Path, BeforeValidator(_not_empty)] = Field(
-        description="Run folder: resolved configuration, metrics, checkpoints and exported weights go there."
-    )
+    output_dir: Annotated[
+        Path, BeforeValidator(_not_empty, json_schema_input_type=Annotated[str, Field(min_length=1)])
+    ] = Field(description="Run folder: resolved configuration, metrics, checkpoints and exported weights go there.")
     vit_lr: float = Field(default=5e-5, ge=0, description="Peak learning rate of the vision encoder.")
     train_architecture: Literal["full", "lora"] = Field(
         default="full", description="Whether all weights are trained, or low-rank adapters beside them."
@@ -252,6 +252,15 @@ class TrainConfig(Section):
             return None
         near = " or ".join(str(value) for value in (size // micro * micro, -(-size // micro) * micro) if value)
         return f"a step is a whole number of micro-batches: set global_batch_size to {near}"
+
+    @rule("lr_warmup_ratio", "lr_decay_ratio", "lr_decay_style")
+    def _warmup_ends_before_the_decay(self) -> str | None:
+        if self.lr_decay_style != "constant" and self.lr_warmup_ratio >= self.lr_decay_ratio:
+            return (
+                f"nothing is left for the decay: set lr_warmup_ratio to less than {self.lr_decay_ratio:g}, "
+                "or lr_decay_style to constant"
+            )
+        return None
 
     @rule("lr_min", "lr", "lr_decay_style")
     def _decay_goes_down(self) -> str | None:

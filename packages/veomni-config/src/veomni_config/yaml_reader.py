@@ -69,9 +69,12 @@ def decode(data: bytes, file: str) -> str:
         raise ConfigError([Problem("", f"byte 0x{data[error.start]:02x} is not UTF-8", Origin(file, line))]) from None
 
 
-def read_text(text: str, file: str) -> Node:
-    """The mapping that `text` holds (an empty one for no text); `file` is its name for messages."""
-    tree = _Reader(text, file, None).read()
+def read_text(text: str, file: str, *, environment: bool = True) -> Node:
+    """The mapping that `text` holds (an empty one for no text); `file` is its name for messages.
+
+    Without `environment` references to it stay as they are written.
+    """
+    tree = _Reader(text, file, None, environment).read()
     if tree.value is None and not tree.problem:
         return Node({}, tree.origin)
     if not isinstance(tree.value, dict) or tree.problem:
@@ -94,7 +97,8 @@ class _Anchor:
 class _Reader:
     """One document's events into nodes. PyYAML's own composer forgets where keys and aliases stood."""
 
-    def __init__(self, text: str, file: str, origin: Origin | None) -> None:
+    def __init__(self, text: str, file: str, origin: Origin | None, environment: bool = True) -> None:
+        self.environment = environment
         self.text, self.file, self.origin = text, file, origin
         self.anchors: dict[str, _Anchor | None] = {}  # None while its node is being read
         self.values = 0
@@ -168,7 +172,7 @@ class _Reader:
 
     def scalar(self, event: Any, line: int) -> Node:
         """A plain scalar is resolved after its environment references are filled in, a quoted one stays text."""
-        text, problem = substitute_environment(event.value)
+        text, problem = substitute_environment(event.value) if self.environment else (event.value, None)
         if event.tag in (None, "!") and event.style is None:
             return Node(resolve_scalar(text), self.at(line), text, problem)
         if event.tag in (None, "!", _TAG + "str"):
@@ -222,7 +226,10 @@ class _Reader:
         if event.anchor:
             self.anchors[event.anchor] = _Anchor(self.scalar(event, line), 1, 0)
         plain = event.tag in (None, "!") and event.style is None
-        return resolve_scalar(event.value) if plain else event.value, plain and event.value == "<<"
+        value = resolve_scalar(event.value) if plain else event.value
+        if isinstance(value, bool):  # for a mapping, True is the same key as 1
+            value = event.value
+        return value, plain and event.value == "<<"
 
 
 def _line(event: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 
 from .environment import escape_environment
 from .scalar import BOOL, FLOAT, INT, NULL
-from .schema import config_keys
+from .schema import ConfigKey, section_class
 
 
 def dump_config(config: BaseModel, path: str | Path) -> None:
@@ -25,16 +26,12 @@ def dump_config(config: BaseModel, path: str | Path) -> None:
 def plain_config(config: BaseModel) -> dict[str, Any]:
     """The values of all keys as plain nested dictionaries."""
     plain: dict[str, Any] = {}
-    for key in config_keys(type(config)):
-        value: Any = config
-        for name in key.path:
-            value = getattr(value, name)
-        if key.legacy and value == key.field.default:
-            continue
-        section = plain
-        for name in key.path[:-1]:
-            section = section.setdefault(name, {})
-        section[key.path[-1]] = plain_value(value)
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel) and section_class(field.annotation):
+            plain[name] = plain_config(value)
+        elif not (ConfigKey((name,), field).legacy and value == field.default):
+            plain[name] = plain_value(value)
     return plain
 
 
@@ -43,9 +40,13 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, BaseModel):
         value = dict(value)
     if isinstance(value, dict):
-        return {key: plain_value(item) for key, item in value.items()}
+        return {plain_value(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_value(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((plain_value(item) for item in value), key=str)
+    if isinstance(value, Enum):
+        return value.value
     return str(value) if isinstance(value, Path) else value
 
 

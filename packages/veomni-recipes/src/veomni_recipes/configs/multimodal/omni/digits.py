@@ -95,21 +95,21 @@ def training(files: dict[int, list[str]], labels: Any, rng: random.Random) -> It
         count = {"single_picture": 1, "list": rng.choice([2, 3, 4]), "sum": 2}[task]
         while len(deck) < count:
             deck += rng.sample(list(files), len(files))
-        yield conversation(task, [deck.pop(0) for _ in range(count)], files, labels, rng)
+        yield conversation(task, rng.choice(QUESTIONS[task]), [deck.pop(0) for _ in range(count)], files, labels, rng)
 
 
 def held_out(files: dict[int, list[str]], labels: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Every picture once alone; then lists and sums, as many of each as half of the pictures."""
     members = list(files)
-    for member in members:
-        yield conversation("single_picture", [member], files, labels, rng)
+    for i, member in enumerate(members):
+        yield conversation("single_picture", QUESTIONS["single_picture"][i % 3], [member], files, labels, rng)
     for i in range(len(members) // 2):
-        yield conversation("list", rng.sample(members, 2 + i % 3), files, labels, rng)
-        yield conversation("sum", rng.sample(members, 2), files, labels, rng)
+        yield conversation("list", QUESTIONS["list"][i % 3], rng.sample(members, 2 + i % 3), files, labels, rng)
+        yield conversation("sum", QUESTIONS["sum"][i % 3], rng.sample(members, 2), files, labels, rng)
 
 
 def conversation(
-    task: str, members: list[int], files: dict[int, list[str]], labels: Any, rng: random.Random
+    task: str, question: str, members: list[int], files: dict[int, list[str]], labels: Any, rng: random.Random
 ) -> dict[str, Any]:
     """One question about some pictures with its answer in words; a sum is answered in steps."""
     values = [int(labels[m]) for m in members]
@@ -117,7 +117,7 @@ def conversation(
     answer = f"{' plus '.join(words)} is {SUMS[sum(values)]}" if task == "sum" else ", ".join(words)
     return {
         "messages": [
-            {"role": "user", "content": "<image>" * len(members) + rng.choice(QUESTIONS[task])},
+            {"role": "user", "content": "<image>" * len(members) + question},
             {"role": "assistant", "content": answer},
         ],
         "images": [rng.choice(files[m]) for m in members],
