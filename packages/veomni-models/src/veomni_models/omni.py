@@ -18,7 +18,7 @@ from veomni_models.initialization import copy_weights, initialize_weights
 from veomni_models.omni_config import OmniConfig, encoder_config, is_omni_folder, tokens_per_picture
 from veomni_models.projectors import MLPProjector
 
-_PIXELS = {"image": "pixel_values"}  # the argument that carries a modality's inputs
+_MODALITIES = ("image",)  # that `OmniModel.forward` takes inputs of
 
 
 class OmniModel(PreTrainedModel, GenerationMixin):
@@ -174,9 +174,9 @@ def build_omni_model(
     Raises:
         ModelError: a folder or config cannot be used, an unknown modality, or a vocabulary that is too small.
     """
-    unknown = sorted(set(encoders) - set(_PIXELS))
+    unknown = sorted(set(encoders) - set(_MODALITIES))
     if unknown:
-        raise ModelError(f"model.encoders.{unknown[0]}: unknown modality, encoders are built for {sorted(_PIXELS)}")
+        raise ModelError(f"model.encoders.{unknown[0]}: unknown modality, encoders are built for {sorted(_MODALITIES)}")
     folder = path or weights_path
     if folder is None:
         foundation = {"vocab_size": vocab_size, **foundation}

@@ -153,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics = Metrics(folder, progress.step) if first else None
     display = Display(plan.total_steps, progress.step, shown=first)
     display.say(f"{parameters:,} parameters; {state.describe()}")
-    display.say(sizes_that_differ(train_data, cfg))
+    if first:
+        display.say(sizes_that_differ(train_data, cfg))
     display.say(
         f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank"
     )
