@@ -3,6 +3,7 @@
 from veomni_models.auto import register_omni_model
 from veomni_models.errors import ModelError
 from veomni_models.foundation import build_foundation_model, build_tokenizer
+from veomni_models.fused_cross_entropy import fused_linear_cross_entropy, use_fused_loss
 from veomni_models.initialization import copy_weights, initialize_weights
 from veomni_models.omni import OmniModel, build_omni_model, load_encoders
 from veomni_models.omni_config import OmniConfig, is_omni_folder
@@ -22,10 +23,12 @@ __all__ = [
     "build_omni_processor",
     "build_tokenizer",
     "copy_weights",
+    "fused_linear_cross_entropy",
     "initialize_weights",
     "is_omni_folder",
     "load_encoders",
     "plan_for",
     "register_omni_model",
     "register_segment_attention",
+    "use_fused_loss",
 ]
