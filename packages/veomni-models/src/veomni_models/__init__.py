@@ -1,14 +1,17 @@
 """Foundation models of the ecosystem, and omni models assembled from any parts."""
 
 from veomni_models.auto import register_omni_model
+from veomni_models.distillation import fused_linear_distillation
 from veomni_models.errors import ModelError
 from veomni_models.foundation import build_foundation_model, build_tokenizer
 from veomni_models.fused_cross_entropy import fused_linear_cross_entropy, use_fused_loss
 from veomni_models.initialization import copy_weights, initialize_weights
+from veomni_models.log_probs import fused_linear_log_probs, sum_by_sample
 from veomni_models.omni import OmniModel, build_omni_model, load_encoders
 from veomni_models.omni_config import OmniConfig, is_omni_folder
 from veomni_models.omni_processor import OmniProcessor, build_omni_processor
 from veomni_models.plan import plan_for
+from veomni_models.preference import dpo_loss, orpo_loss, simpo_loss
 from veomni_models.projectors import MLPProjector
 from veomni_models.segment_attention import register_segment_attention
 
@@ -23,12 +26,18 @@ __all__ = [
     "build_omni_processor",
     "build_tokenizer",
     "copy_weights",
+    "dpo_loss",
     "fused_linear_cross_entropy",
+    "fused_linear_distillation",
+    "fused_linear_log_probs",
     "initialize_weights",
     "is_omni_folder",
     "load_encoders",
+    "orpo_loss",
     "plan_for",
     "register_omni_model",
     "register_segment_attention",
+    "simpo_loss",
+    "sum_by_sample",
     "use_fused_loss",
 ]

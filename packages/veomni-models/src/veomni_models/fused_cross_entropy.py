@@ -62,6 +62,11 @@ def fused_linear_cross_entropy(
     return total / num_items
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """How many rows go through the head together, so that their float32 logits take 128 MB."""
+    return max(1, _LOGITS_AT_ONCE // vocabulary)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The sum over rows; the gradients of hidden [N, H], weight and bias are made with it."""
 
@@ -82,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = max(1, _LOGITS_AT_ONCE // weight.shape[0])
+        rows = rows_at_once(weight.shape[0])
         for at in range(0, len(labels), rows):
             part = hidden[at : at + rows]
             logits = torch.nn.functional.linear(part, weight, bias).float()
