@@ -1,4 +1,4 @@
-"""Run a plain function on N ranks of a gloo process group that is started once and kept."""
+"""Run a plain function on N ranks, processes that are started once and kept; each call has gloo groups of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -25,19 +26,27 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     pipe.send(("ready", None))
-    while (job := pipe.recv()) is not None:
+    for call in count():
+        job = pipe.recv()
+        if job is None:
+            break
         fn, args = job
+        # the groups of a call end with it: each has threads, and hundreds of calls would leave thousands
+        dist.init_process_group("gloo", store=dist.PrefixStore(str(call), store), rank=rank, world_size=world_size)
         try:
-            pipe.send(("result", fn(*args)))
+            answer = ("result", fn(*args))
         except BaseException:  # what fails on a rank is shown by the test, whatever it is
-            pipe.send(("error", traceback.format_exc()))
-    dist.destroy_process_group()
+            answer = ("error", traceback.format_exc())
+        else:
+            dist.barrier()  # gloo aborts a rank whose peers have left
+            dist.destroy_process_group()
+        pipe.send(answer)
 
 
 class Ranks:
-    """N processes in one gloo group; `run` calls a module-level function on each and returns their results."""
+    """N processes; `run` calls a module-level function on each and returns their results."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -59,7 +68,7 @@ class Ranks:
         self._collect(60)
 
     def _collect(self, timeout: float) -> list[Any]:
-        """One answer of every rank; the group is ended (and started anew by the next run) if one fails or is late."""
+        """One answer of every rank; all are ended (and started anew by the next run) if one fails or is late."""
         end, waiting, results = (
             time.monotonic() + timeout,
             dict(zip(self._pipes, range(self.world_size), strict=True)),
