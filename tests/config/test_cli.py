@@ -90,7 +90,7 @@ def test_files_that_are_not_there_are_told_by_validate(capsys: Capture) -> None:
     [
         ("sources: [data.parquet]\nnames: [a]\nschedule: [{schedule_type: const, weights: [1.0]}]\n", []),
         ("[", ["cannot be read: "]),
-        ("names: [a]\n", ["sources: a list of paths is expected"]),
+        ("names: [a]\n", ["sources: a list of paths, or of mappings with a path, is expected"]),
         (
             "sources: [data.parquet, b.jsonl]\nnames: [a]\nschedule: [{schedule_type: cons, weights: [1.0]}]\n",
             [
@@ -100,7 +100,13 @@ def test_files_that_are_not_there_are_told_by_validate(capsys: Capture) -> None:
                 "schedule.0.weights",
             ],
         ),
-        ("sources: [data.parquet]\nnames: [a]\n", ["schedule: a list of mappings"]),
+        ("sources: [data.parquet]\nschedule: 1\n", ["schedule: a list of mappings"]),
+        ("sources: [{path: data.parquet}, data.parquet]\nnames: [a, b]\n", []),
+        (
+            "sources: [data.parquet]\nstopping: ever\nschedule:\n"
+            "  - {schedule_type: const, weights: [1]}\n  - {schedule_type: linear, weights: [1], steps: 0}\n",
+            ["schedule.0.steps: a whole number", "schedule.1.steps: a whole number", "stopping: 'ever'"],
+        ),
     ],
 )
 def test_a_multisource_file_is_looked_into(text: str, wrong: list[str], capsys: Capture) -> None:

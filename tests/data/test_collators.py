@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from veomni_data import PackingCollator, PaddingCollator, slice_for_sequence_parallel
+from veomni_data import DataError, PackingCollator, PaddingCollator, slice_for_sequence_parallel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -162,3 +163,123 @@ def test_what_cannot_be_sliced_is_refused() -> None:
         slice_for_sequence_parallel(padded, 0, 2)
     with pytest.raises(ValueError, match="rank=2 is not one of the 2 ranks"):
         slice_for_sequence_parallel(PackingCollator()([sample(5)]), 2, 2)
+
+
+def test_positions_of_samples_are_joined_along_the_row() -> None:
+    own = {"position_ids": torch.tensor([4, 5, 9])}
+    batch = PackingCollator()([sample(3, **own), sample(2)])
+    assert batch["position_ids"].tolist() == [[4, 5, 9, 0, 1]]
+    padded = PaddingCollator()([sample(3, **own), sample(2)])
+    assert padded["position_ids"].tolist() == [[4, 5, 9], [0, 1, 0]]
+
+
+def test_a_packed_row_with_positions_of_three_axes_has_those_that_tell_its_samples_apart_first() -> None:
+    axes = [[0, 1, 1], [0, 1, 2], [0, 2, 1]]
+    samples = [sample(2), sample(3, position_ids=torch.tensor(axes))]
+    batch = PackingCollator()(samples)
+    assert batch["position_ids"].shape == (4, 1, 5)
+    assert batch["position_ids"][:, 0].tolist() == [[0, 1, 0, 1, 2], *([0, 1, *axis] for axis in axes)]
+    bare = PackingCollator(text_positions=False)(samples)
+    assert bare["position_ids"].equal(batch["position_ids"][1:])
+    assert "cu_seq_lens_q" in bare
+    again = PackingCollator()([sample(5, position_ids=batch["position_ids"][:, 0], seq_lens=[2, 3])])
+    assert again["position_ids"].equal(batch["position_ids"])
+
+
+def test_padded_rows_have_positions_of_three_axes() -> None:
+    positions = torch.arange(9).reshape(3, 3)
+    batch = PaddingCollator()([sample(2), sample(3, position_ids=positions)])
+    assert batch["position_ids"].shape == (3, 2, 3)
+    assert batch["position_ids"][:, 1].equal(positions)
+    assert batch["position_ids"][:, 0].tolist() == [[0, 1, 0]] * 3
+
+
+def test_positions_that_are_not_one_for_each_token_are_refused() -> None:
+    for shape in ((2, 4), (3,), (1, 4)):
+        with pytest.raises(DataError, match=r'"position_ids" of a sample has shape .* 4 input_ids, or \[3, T\]'):
+            PackingCollator()([sample(4, position_ids=torch.zeros(shape))])
+
+
+def test_a_row_that_was_packed_before_is_the_row_of_its_samples() -> None:
+    parts = [sample(3), sample(2, 8), sample(4, 20)]
+    row = {
+        "input_ids": torch.cat([s["input_ids"] for s in parts[:2]]),
+        "labels": torch.cat([s["labels"] for s in parts[:2]]),
+        "seq_lens": [3, 2],
+    }
+    whole, again = PackingCollator()(parts), PackingCollator()([row, parts[2]])
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(value)) for key, value in whole.items())
+
+
+def test_a_row_that_was_packed_before_cannot_be_padded() -> None:
+    with pytest.raises(DataError, match=r"a sample is a row of 2 already .* PackingCollator"):
+        PaddingCollator()([sample(5, seq_lens=[3, 2])])
+    assert PaddingCollator()([sample(5, seq_lens=[5])])["shift_labels"].shape == (1, 5)
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [5, 0], []])
+def test_lengths_that_are_not_those_of_the_row_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(DataError, match=r'"seq_lens" of a sample is .* must sum to 5 input_ids'):
+        PackingCollator()([sample(5, seq_lens=lengths)])
+
+
+def test_a_model_that_takes_positions_alone_gets_no_segments() -> None:
+    samples = [sample(3), sample(2)]
+    whole, bare = PackingCollator()(samples), PackingCollator(cu_seq_lens=False)(samples)
+    segments = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    assert whole.keys() - bare.keys() == segments
+    assert bare["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    with pytest.raises(ValueError, match="nothing would tell the samples of a row apart"):
+        PackingCollator(text_positions=False, cu_seq_lens=False)
+
+
+def sound(frames: int, axis: int, mask: str = "feature_attention_mask") -> dict[str, Any]:
+    shape = (1, 4, frames) if axis == 2 else (1, frames, 4)
+    return sample(3, input_features=torch.full(shape, float(frames)), **{mask: torch.ones(1, frames, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("collate", [PackingCollator(), PaddingCollator()])
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("mask", ["feature_attention_mask", "input_features_mask"])
+def test_sounds_of_different_lengths_are_padded_to_the_longest_and_masked(collate: Any, axis: int, mask: str) -> None:
+    batch = collate([sound(7, axis, mask), sample(2), sound(5, axis, mask)])
+    assert batch[mask].tolist() == [[1] * 7, [1] * 5 + [0] * 2]
+    assert batch["input_features"].shape == ((2, 4, 7) if axis == 2 else (2, 7, 4))
+    short = batch["input_features"][1]
+    assert (short.narrow(axis - 1, 0, 5) == 5).all()
+    assert (short.narrow(axis - 1, 5, 2) == 0).all()
+
+
+def test_sounds_of_different_lengths_without_a_mask_are_refused() -> None:
+    samples = [{k: v for k, v in sound(n, 2).items() if k != "feature_attention_mask"} for n in (7, 5)]
+    with pytest.raises(DataError, match=r'"input_features" .* concatenated along dim 0: \[1, 4, 7\] .* \[1, 4, 5\]'):
+        PackingCollator()(samples)
+
+
+def test_lists_of_numbers_and_arrays_become_tensors() -> None:
+    first = sample(2, second_per_grid_ts=[1], video_grid_thw=np.array([[1, 2, 2]]))
+    second = sample(3, second_per_grid_ts=[0.5, 2.0], video_grid_thw=np.array([[2, 4, 4], [1, 2, 2]]))
+    batch = PackingCollator()([first, second])
+    assert batch["second_per_grid_ts"].tolist() == [1.0, 0.5, 2.0]
+    assert batch["video_grid_thw"].tolist() == [[1, 2, 2], [2, 4, 4], [1, 2, 2]]
+
+
+@pytest.mark.parametrize("value", [[], ["a"], [torch.zeros(2)], torch.tensor(1.0), np.array(["a"], dtype=object)])
+def test_what_is_not_a_tensor_is_refused(value: Any) -> None:
+    with pytest.raises(DataError, match='"extra" of a sample is a'):
+        PackingCollator()([sample(2, extra=value)])
+
+
+def test_four_axes_are_sliced_along_the_row() -> None:
+    batch = PackingCollator()([sample(2), sample(3, position_ids=torch.arange(9).reshape(3, 3))])
+    parts = [slice_for_sequence_parallel(batch, rank, 2)["position_ids"] for rank in range(2)]
+    assert [part.shape for part in parts] == [(4, 1, 3)] * 2
+    whole = torch.cat(parts, -1)
+    assert whole[..., :5].equal(batch["position_ids"])
+    assert whole[..., 5].flatten().tolist() == [0] * 4
+
+
+def test_a_row_without_segments_cannot_be_sliced() -> None:
+    with pytest.raises(DataError, match=r"a batch without cu_seq_lens_q .* cannot be sliced over 2"):
+        slice_for_sequence_parallel(PackingCollator(cu_seq_lens=False)([sample(5)]), 0, 2)

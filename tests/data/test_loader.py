@@ -5,6 +5,7 @@ import os
 import random
 from collections import Counter
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +13,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
-from veomni_data import DataError, PaddingCollator, build_dataloader, build_dataset, process_pretrain_example
+from veomni_data import DataError, PaddingCollator, build_dataset, process_pretrain_example
 
-ROWS = 12  # divisible by 1, 2, 3 and 4 ranks
-
-
-def samples(count: int = 300, longest: int = 40, seed: int = 0) -> list[dict[str, Any]]:
-    """Sample i is token i + 1, some times."""
-    rng = random.Random(seed)
-    lengths = [rng.randint(1, longest) for _ in range(count)]
-    return [{"input_ids": [i + 1] * n, "labels": [i + 1] * n} for i, n in enumerate(lengths)]
-
-
-def loader(data: Any, rank: int = 0, ranks: int = 1, **kwargs: Any) -> Any:
-    kwargs = {"micro_batch_size": 1, "global_batch_size": ROWS, "max_seq_len": 64, "buffer_size": 8, "seed": 3} | kwargs
-    return build_dataloader(data, dp_rank=rank, dp_size=ranks, **kwargs)
-
-
-def numbers(micro_batches: list[dict[str, Any]]) -> list[int]:
-    """The samples of these micro-batches, in order."""
-    found = []
-    for batch in micro_batches:
-        for row in batch["input_ids"]:
-            found += [int(t) - 1 for t in torch.unique_consecutive(row) if t]
-    return found
-
-
-def together(data: Any, ranks: int, steps: int | None = None, states: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    """The samples of each step that all ranks make, and the states after it; each rank must make the same steps."""
-    loaders = [loader(data, rank, ranks, **kwargs) for rank in range(ranks)]
-    for each in loaders if states else ():
-        each.load_state_dict(states)
-    iterators = [iter(each) for each in loaders]
-    made: list[list[int]] = []
-    while steps is None or len(made) < steps:
-        parts = [next(iterator, None) for iterator in iterators]
-        if None in parts:
-            assert parts == [None] * ranks
-            break
-        made.append([number for part in parts for number in numbers(part)])
-    return made, [each.state_dict() for each in loaders]
+from tests.data.loading import (
+    ROWS,
+    encode_pieces,
+    loader,
+    numbers,
+    plain,
+    samples,
+    together,
+    write_rows,
+)
+from tests.data.loading import (
+    encode as encode_plainly,
+)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -204,7 +180,7 @@ def test_a_state_is_small_and_holds_only_what_is_held_back() -> None:
     state = each.state_dict()
     assert state == json.loads(json.dumps(state))
     assert len(state["shards"]) == ROWS // 2
-    assert all(len(shard["buffer"]) < 8 for shard in state["shards"])
+    assert all(len(shard["held"]) < 8 for shard in state["shards"])
 
 
 def test_only_what_was_held_back_is_encoded_again() -> None:
@@ -228,7 +204,7 @@ def test_only_what_was_held_back_is_encoded_again() -> None:
     read.clear()
     second.load_state_dict([state])
     assert numbers(next(iter(second))) == expected
-    held = [index for shard in state["shards"] for index, _ in shard["buffer"]]
+    held = [key[0] for shard in state["shards"] for key in shard["held"]]
     # sample 0 is also looked at to see what kind of dataset this is
     assert sorted(i for i in read if i) == sorted(i for i in held + new if i)
 
@@ -270,22 +246,12 @@ def test_sizes_that_cannot_be_are_named(kwargs: dict[str, Any], sentence: str) -
 def test_a_dataset_that_cannot_be_loaded_is_named() -> None:
     with pytest.raises(ValueError, match="0 samples, too few"):
         loader([], drop_last=False)
-    with pytest.raises(ValueError, match="the dataset, a generator, must have a length"):
-        loader(iter_samples())
-    with pytest.raises(DataError, match=r"sample \d+ of the dataset has no \"input_ids\" \(.'text'.\)"):
+    with pytest.raises(ValueError, match="the dataset, a int, must have a length and random access, or at least be"):
+        loader(7)
+    with pytest.raises(
+        DataError, match=r"sample \d+ of the dataset: the sample has no \"input_ids\" but only .'text'."
+    ):
         next(iter(loader([{"text": "a"}] * 20)))
-
-
-def iter_samples() -> Any:
-    yield from samples()
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_sample_longer_than_a_row_is_named(packing: bool) -> None:
-    data = samples()
-    data[7] = {"input_ids": [1] * 65, "labels": [1] * 65}
-    with pytest.raises(DataError, match="sample 7 has 65 tokens: it must have 1 to max_seq_len=64"):
-        list(loader(data, packing=packing))
 
 
 def encode(row: Any, sleep: bool = False, broken: int = -1) -> Any:
@@ -304,10 +270,6 @@ def rows(folder: Path, count: int = 300) -> str:
     lines = [json.dumps({"number": i, "length": n}) for i, n in enumerate(lengths)]
     (folder / "rows.jsonl").write_text("\n".join(lines))
     return str(folder / "rows.jsonl")
-
-
-def plain(batch: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "worker"}
 
 
 def test_workers_change_nothing_but_who_encodes(tmp_path: Path) -> None:
@@ -343,8 +305,11 @@ def test_workers_resume_where_a_state_without_workers_was_saved(tmp_path: Path) 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_error_is_one_sentence_wherever_it_happens(tmp_path: Path, workers: int) -> None:
     data = build_dataset(rows(tmp_path), transform=partial(encode, broken=29))
+    each = loader(data, num_workers=workers, max_skipped=0)
     with pytest.raises(DataError, match=r"^\S*rows\.jsonl:30: picture is broken$"):
-        list(loader(data, num_workers=workers))
+        list(each)
+    with pytest.raises(DataError, match="failed in the midst of a step"):
+        each.state_dict()
 
 
 def test_a_document_of_many_pieces_is_resumed_in_its_middle(tokenizer: Any) -> None:
@@ -377,7 +342,7 @@ def test_a_document_of_many_pieces_is_resumed_in_its_middle(tokenizer: Any) -> N
 def steps_of_a_rank(path: str, drop_last: bool, broken: int) -> Any:
     group = dist.group.WORLD
     data = build_dataset(path, transform=partial(encode, broken=broken))
-    each = loader(data, dist.get_rank(), dist.get_world_size(), drop_last=drop_last, group=group)
+    each = loader(data, dist.get_rank(), dist.get_world_size(), drop_last=drop_last, group=group, max_skipped=0)
     try:
         return [numbers(step) for step in each]
     except DataError as error:
@@ -404,3 +369,357 @@ def test_ranks_that_cannot_know_the_end_need_a_group(tmp_path: Path) -> None:
         loader(data, 0, 2)
     with pytest.raises(TypeError, match="not known"):
         len(loader(data))
+
+
+def open_data(kind: str, folder: str) -> Any:
+    """Data of each kind, over the same rows: 400 samples, or 480 drawn from two sources."""
+    if kind == "list":
+        return samples(400)
+    if kind == "pieces":
+        return build_dataset(f"{folder}/all.jsonl", transform=encode_pieces)
+    if kind == "stream":
+        return build_dataset(f"{folder}/[abc].jsonl", kind="iterable", transform=encode_plainly, shuffle_buffer=16)
+    if kind == "mixed stream":
+        return build_dataset(f"{folder}/mix.yaml", kind="iterable", transform=encode_plainly, shuffle_buffer=4)
+    return build_dataset(f"{folder}/mix.yaml", transform=encode_plainly)
+
+
+def write_data(folder: Path) -> str:
+    write_rows(folder / "all.jsonl", 400)
+    for name, count, first in (("a", 230, 0), ("b", 50, 230), ("c", 120, 280)):
+        write_rows(folder / f"{name}.jsonl", count, first)
+    (folder / "mix.yaml").write_text(
+        "sources: [a.jsonl, b.jsonl, c.jsonl]\nstopping: all_exhausted\nschedule:\n"
+        "  - {schedule_type: const, weights: [0.5, 0.2, 0.3], steps: 3}\n"
+        "  - {schedule_type: linear, weights: [0.2, 0.2, 0.6], steps: 6}\n"
+    )
+    return str(folder)
+
+
+def run_steps(data: Any, groups: Any, world: int, states: Any, limit: int | None, **kwargs: Any) -> tuple[Any, Any]:
+    """The samples of each step on so many of the ranks, and their states after it."""
+    steps: list[list[int]] = []
+    state = None
+    if dist.get_rank() < world:
+        each = loader(data, dist.get_rank(), world, group=groups[world], **kwargs)
+        if states:
+            each.load_state_dict(states)
+        for step in each if limit != 0 else ():
+            steps.append(numbers(step))
+            if len(steps) == limit:
+                break
+        state = each.state_dict()
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (steps, state))
+    made = [list(chain(*parts)) for parts in zip(*(steps for steps, _ in everywhere[:world]), strict=True)]
+    return made, json.loads(json.dumps([state for _, state in everywhere[:world]]))
+
+
+def resume_often(kind: str, folder: str, seeds: int) -> list[Any]:
+    """For each seed the steps of an epoch that is not interrupted, and of one on 1, 2, 3, 4 and 1 ranks in turn."""
+    groups = {n: dist.new_group(list(range(n))) for n in range(1, 5)}
+    data, found = open_data(kind, folder), []
+    for seed in range(seeds):
+        kwargs = {"seed": seed, "drop_last": False, "max_seq_len": 64, "buffer_size": 1 + 5 * (seed % 4)}
+        whole, _ = run_steps(data, groups, 1, None, None, **kwargs)
+        cuts = sorted(random.Random(seed).choices(range(len(whole)), k=4))
+        made, states = [], None
+        for world, first, last in zip((1, 2, 3, 4, 1), (0, *cuts), (*cuts, None), strict=True):
+            steps, states = run_steps(data, groups, world, states, None if last is None else last - first, **kwargs)
+            made += steps
+        found.append((whole, made))
+    return found
+
+
+@pytest.mark.parametrize("seeds", [6, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+@pytest.mark.parametrize("kind", ["list", "pieces", "stream", "mixture", "mixed stream"])
+def test_a_run_that_is_resumed_on_other_ranks_makes_the_same_steps(
+    tmp_path: Path, four_ranks: Ranks, kind: str, seeds: int
+) -> None:
+    folder = write_data(tmp_path)
+    everything = range(400) if kind != "pieces" else [3 * i + piece for i in range(400) for piece in range(i % 4)]
+    for whole, made in four_ranks.run(resume_often, kind, folder, seeds, timeout=seeds * 5)[0]:
+        assert made == whole
+        seen = Counter(number for step in made for number in step)
+        if "mix" in kind:  # some are read again before all were read once
+            assert set(seen) == set(everything)
+            assert max(seen.values()) > 1
+        else:
+            assert seen == Counter(everything)
+
+
+def write_mixture(folder: Path, stopping: str, weights: str, counts: tuple[int, int] = (300, 100)) -> str:
+    write_rows(folder / "a.jsonl", counts[0], 0)
+    write_rows(folder / "b.jsonl", counts[1], 1000)
+    path = folder / "mix.yaml"
+    path.write_text(f"sources: [a.jsonl, b.jsonl]\nstopping: {stopping}\nschedule: [{weights}]\n")
+    return str(path)
+
+
+CONST = "{schedule_type: const, weights: [0.25, 0.75]}"
+
+
+@pytest.mark.parametrize("kind", ["mapping", "iterable"])
+def test_sources_are_drawn_by_their_weights_and_begin_anew(tmp_path: Path, kind: str) -> None:
+    data = build_dataset(write_mixture(tmp_path, "forever", CONST), kind=kind, transform=encode_plainly)
+    each = loader(data)
+    made = [numbers(step) for _, step in zip(range(60), each, strict=False)]
+    seen = Counter(number for step in made for number in step)
+    of_b = sum(n for number, n in seen.items() if number >= 1000)
+    assert of_b / seen.total() == pytest.approx(0.75, abs=0.03)
+    counted = each.counts()
+    assert counted["samples"] == {"a": seen.total() - of_b, "b": of_b}
+    assert counted["tokens"]["a"] + counted["tokens"]["b"] > 0.9 * 60 * ROWS * 64
+    assert seen[1000] > 10
+    # 100 rows in 12 parts: one that is read 17 times while another is read 16 times may differ by a pass
+    times = [seen[1000 + i] for i in range(100)]
+    assert max(times) - min(times) < 8
+
+
+def test_weights_that_change_follow_the_steps_of_the_run(tmp_path: Path) -> None:
+    schedule = (
+        "{schedule_type: const, weights: [1, 0], steps: 3}, {schedule_type: const, weights: [0, 1], steps: 3},"
+        "{schedule_type: const, weights: [1, 0]}"
+    )
+    data = build_dataset(write_mixture(tmp_path, "forever", schedule), transform=encode_plainly)
+    # what a row is made of was drawn before it: of one sample each, it is that of its step
+    made = [numbers(step) for _, step in zip(range(8), loader(data, packing=False), strict=False)]
+    assert [{number >= 1000 for number in step} for step in made] == [{False}] * 3 + [{True}] * 3 + [{False}] * 2
+    each = loader(data, packing=False)
+    for _ in range(2):
+        next(iter(each))  # two epochs are begun and left after a step
+    assert [{n >= 1000 for n in numbers(step)} for _, step in zip(range(2), each, strict=False)] == [{False}, {True}]
+
+
+def test_a_source_smaller_than_a_step_is_read_by_all_rows_in_turn(tmp_path: Path) -> None:
+    path = write_mixture(tmp_path, "forever", CONST, (300, 5))
+    data = build_dataset(path, transform=encode_plainly)
+    seen = Counter(n for _, step in zip(range(40), loader(data), strict=False) for n in numbers(step))
+    times = [seen[1000 + i] for i in range(5)]
+    assert sum(times) / seen.total() == pytest.approx(0.75, abs=0.03)
+    assert max(times) - min(times) < 0.1 * max(times)
+    path = write_mixture(tmp_path, "first_exhausted", CONST, (300, 5))
+    with pytest.raises(DataError, match='the source "b" has 5 samples, not one for each of the global_batch_size=12'):
+        loader(build_dataset(path, transform=encode_plainly))
+
+
+def test_sources_without_a_schedule_are_read_once_and_spread_over_the_epoch(tmp_path: Path) -> None:
+    for name, count, first in (("a", 300, 0), ("b", 100, 300)):
+        write_rows(tmp_path / f"{name}.jsonl", count, first)
+    (tmp_path / "mix.yaml").write_text("sources: [a.jsonl, b.jsonl]\n")
+    for kind in ("mapping", "iterable"):
+        data = build_dataset(tmp_path / "mix.yaml", kind=kind, transform=encode_plainly)
+        made, _ = together(data, 1, drop_last=False)
+        assert Counter(number for step in made for number in step) == Counter(range(400))
+        half = [number for step in made[: len(made) // 2] for number in step]
+        assert sum(number >= 300 for number in half) / len(half) == pytest.approx(0.25, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["stream", "mixture", "mixed stream", "pieces"])
+def test_workers_and_what_they_are_ahead_change_nothing(tmp_path: Path, kind: str) -> None:
+    folder = write_data(tmp_path)
+
+    def steps(**kwargs: Any) -> tuple[list[Any], Any]:
+        each = loader(open_data(kind, folder), drop_last=False, **kwargs)
+        return [[plain(batch) for batch in step] for step in each], each.counts()
+
+    alone = steps()
+    assert len(alone[0]) > 5
+    for workers, ahead in ((1, 1), (3, 2), (2, 40)):
+        assert steps(num_workers=workers, prefetch_factor=ahead) == alone
+
+
+class Walked:
+    """An iterable that is no sequence, whose order is that of the epoch."""
+
+    epoch = 0
+
+    def __iter__(self) -> Any:
+        order = list(range(400))
+        random.Random(self.epoch).shuffle(order)
+        every = samples(400)
+        return iter([every[i] for i in order])
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def walk_on_two_ranks() -> Any:
+    groups = {n: dist.new_group(list(range(n))) for n in (1, 2)}
+    whole, _ = run_steps(Walked(), groups, 1, None, None, drop_last=False)
+    first, states = run_steps(Walked(), groups, 2, None, 4, drop_last=False)
+    second, states = run_steps(Walked(), groups, 1, states, 3, drop_last=False)
+    return whole, first + second + run_steps(Walked(), groups, 2, states, None, drop_last=False)[0]
+
+
+def test_any_iterable_is_loaded_and_resumed_by_walking_it_again(two_ranks: Ranks) -> None:
+    whole, resumed = two_ranks.run(walk_on_two_ranks)[0]
+    assert resumed == whole
+    assert Counter(number for step in whole for number in step) == Counter(range(400))
+    each = loader(Walked(), drop_last=False)
+    epochs = [[numbers(step) for step in each] for _ in range(2)]
+    assert epochs[0] == whole
+    assert epochs[1] != whole
+    assert sorted(chain(*epochs[1])) == list(range(400))
+
+
+def test_an_iterator_gives_one_epoch(tmp_path: Path) -> None:
+    each = loader(iter(samples()), drop_last=False)
+    assert sorted(chain(*map(numbers, each))) == list(range(300))
+    with pytest.raises(DataError, match="epoch 1 has too little for a step"):
+        next(iter(each))
+
+
+def test_a_row_begins_with_the_oldest_sample_and_keeps_to_the_budget_of_its_step() -> None:
+    data = samples(2000)
+    each = loader(data, budget=lambda step: 16 + 8 * step, drop_last=False)
+    lengths = {i: len(s["input_ids"]) for i, s in enumerate(data)}
+    seen: list[int] = []
+    for step, micro_batches in enumerate(each):
+        for batch in micro_batches:
+            tokens, row = batch["input_ids"].shape[1], numbers([batch])
+            assert tokens <= max(min(16 + 8 * step, 64), lengths[row[0]] if row else 4)
+            seen += row
+    assert Counter(seen) == Counter(range(2000))
+    full = [batch["input_ids"].shape[1] for step in loader(data) for batch in step]
+    assert sum(full) / len(full) > 60
+
+
+def test_a_budget_follows_the_steps_of_a_resumed_run() -> None:
+    data = samples(1000)
+    kwargs: dict[str, Any] = {"budget": lambda step: 16 + 8 * step, "drop_last": False}
+    whole, _ = together(data, 1, **kwargs)
+    first, states = together(data, 1, 4, **kwargs)
+    assert first + together(data, 3, None, states, **kwargs)[0] == whole
+
+
+def test_rows_hold_so_many_targets_and_no_more_than_so_many_tokens() -> None:
+    data = samples(2000)
+    for i, sample in enumerate(data):  # a fifth to all of it is learnt
+        learnt = len(sample["labels"]) * (i % 5 + 1) // 5
+        sample["labels"] = [-100] * (len(sample["labels"]) - learnt) + sample["labels"][:learnt]
+    batches = [batch for step in loader(data, count="targets") for batch in step]
+    targets = [int((batch["shift_labels"] != -100).sum()) for batch in batches]
+    tokens = [batch["input_ids"].shape[1] for batch in batches]
+    assert max(targets) <= 64
+    assert max(tokens) <= 96
+    assert sum(targets) / len(targets) > 48
+    batches = [batch for step in loader(data, count="targets", max_row_tokens=300) for batch in step]
+    assert sum(int((b["shift_labels"] != -100).sum()) for b in batches) / len(batches) > 60
+    assert max(batch["input_ids"].shape[1] for batch in batches) > 96
+
+
+def work(sample: Any) -> float:
+    length = len(sample["input_ids"])
+    return length + length * length / 8
+
+
+def steps_by_cost(balanced: bool) -> Any:
+    data = build_samples_with_pictures()
+    each = loader(
+        data,
+        dist.get_rank(),
+        dist.get_world_size(),
+        cost=work if balanced else None,
+        group=dist.group.WORLD,
+        micro_batch_size=3,
+    )
+    steps = []
+    for micro_batches in each:
+        costs = [work({"input_ids": range(n)}) for b in micro_batches for n in b["cu_seq_lens_q"].diff().tolist()]
+        pictures = [value for batch in micro_batches for value in batch["pixel_values"].float().mean(1).tolist()]
+        steps.append((numbers(micro_batches), sum(costs), pictures, len(micro_batches)))
+    return steps
+
+
+def build_samples_with_pictures() -> list[dict[str, Any]]:
+    return [s | {"pixel_values": torch.full((1, 3), i / 2, dtype=torch.bfloat16)} for i, s in enumerate(samples(600))]
+
+
+def test_rows_of_a_step_are_dealt_to_ranks_by_their_cost(four_ranks: Ranks) -> None:
+    slowest = {}
+    for balanced in (False, True):
+        ranks = four_ranks.run(steps_by_cost, balanced)
+        worst = []
+        for step in zip(*ranks, strict=True):
+            costs = [cost for _, cost, _, _ in step]
+            worst.append(max(costs) / (sum(costs) / 4))
+            assert [micro_batches for *_, micro_batches in step] == [1, 1, 1, 1]
+            for made, _, pictures, _ in step:  # the tensors came along
+                assert pictures == pytest.approx([number / 2 for number in made], rel=0.01)
+        slowest[balanced] = sum(worst) / len(worst)
+        seen = Counter(number for rank in ranks for made, *_ in rank for number in made)
+        assert max(seen.values()) == 1
+        alone = loader(build_samples_with_pictures(), cost=work if balanced else None)
+        expected = [sorted(numbers(step)) for step in alone]
+        assert [sorted(chain(*(made for made, *_ in step))) for step in zip(*ranks, strict=True)] == expected
+        assert len(loader(build_samples_with_pictures(), cost=work if balanced else None)) == len(expected)
+    assert slowest[True] < 1.02 < slowest[False]
+
+
+def test_a_run_by_cost_is_resumed_with_the_same_steps() -> None:
+    data = samples(600)
+    whole, _ = together(data, 1, cost=work, drop_last=False)
+    first, states = together(data, 1, 5, cost=work, drop_last=False)
+    assert first + together(data, 1, None, json.loads(json.dumps(states)), cost=work, drop_last=False)[0] == whole
+    with pytest.raises(DataError, match="ranks deal their rows by cost through `group`"):
+        loader(data, 0, 2, cost=work)
+
+
+def test_counts_go_on_after_a_resume_on_other_ranks() -> None:
+    data = samples(600)
+    first = [loader(data, rank, 2) for rank in range(2)]
+    steps = [iter(each) for each in first]
+    for _ in range(3):
+        for step in steps:
+            next(step)
+    second = [loader(data, rank, 3) for rank in range(3)]
+    for each in second:
+        each.load_state_dict([each.state_dict() for each in first])
+
+    def total(loaders: Any) -> Counter[str]:
+        return sum((Counter(each.counts()["tokens"]) for each in loaders), Counter())
+
+    assert total(second) == total(first)
+    assert total(first)["data"] > 0.95 * 3 * ROWS * 64
+    tokens = sum(batch["input_ids"].numel() for each in second for step in each for batch in step)
+    assert total(second)["data"] == total(first)["data"] + tokens
+
+
+def test_a_state_of_many_rows_is_small() -> None:
+    data = [{"input_ids": [1] * (20 + i % 50), "labels": [1] * (20 + i % 50)} for i in range(40_000)]
+    each = loader(data, global_batch_size=64, buffer_size=200, max_seq_len=512, micro_batch_size=8)
+    steps = iter(each)
+    for _ in range(3):
+        next(steps)
+    assert sum(len(shard["held"]) for shard in each.state_dict()["shards"]) > 64 * 150
+    assert len(json.dumps(each.state_dict())) < 150_000
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"too_long": "cut"}, 'too_long="cut" is not one of drop, truncate, split'),
+        ({"count": "words"}, 'count="words" is not one of tokens, targets'),
+        ({"max_skipped": 2}, "max_skipped=2 is not a share from 0 to 1"),
+        ({"packing": False, "count": "targets"}, "without packing a row is one sample"),
+        ({"max_row_tokens": 90}, 'max_row_tokens=90 is at least max_seq_len=64, and for count="targets"'),
+        ({"description": {}}, "a description is kept in the ledger"),
+    ],
+)
+def test_options_that_have_no_meaning_are_named(kwargs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        loader(samples(), **kwargs)
+
+
+@pytest.mark.gpu
+def test_pinned_batches_lie_in_page_locked_memory() -> None:
+    batch = next(iter(loader(samples(), pin_memory=True)))[0]
+    assert all(value.is_pinned() for value in batch.values() if isinstance(value, torch.Tensor))
+
+
+def test_pinning_without_an_accelerator_is_not_an_error() -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    batch = next(iter(loader(samples(), pin_memory=True)))[0]
+    assert not batch["input_ids"].is_pinned()

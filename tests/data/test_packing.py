@@ -103,3 +103,50 @@ def test_a_buffer_goes_on_from_its_state_as_if_nothing_had_happened(lengths: lis
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert [after.put(s) for s in samples[stop:]] == [whole.put(s) for s in samples[stop:]]
     assert after.flush() == whole.flush()
+
+
+def test_a_row_of_less_capacity_starts_with_the_oldest_sample_even_if_it_is_longer() -> None:
+    buffer: PackingBuffer[int] = PackingBuffer(10, 3, length=int)
+    assert [buffer.put(length) for length in (7, 1)] == [None, None]
+    assert buffer.put(2, capacity=4) == [7]
+    assert buffer.put(3, capacity=4) == [1, 3]
+    assert buffer.pop_row(capacity=1) == [2]
+
+
+def test_a_row_is_ready_when_the_capacity_of_that_row_is_held() -> None:
+    small, large = PackingBuffer[int](10, 2, length=int), PackingBuffer[int](10, 2, length=int)
+    assert [small.put(2, capacity=4) for _ in range(2)] == [None, [2, 2]]
+    assert [large.put(2) for _ in range(5)] == [None, None, None, None, [2] * 5]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, CAPACITY), st.integers(0, 40)), max_size=60), st.integers(1, 20))
+def test_rows_counted_in_targets_stay_within_both_limits(pairs: list[tuple[int, int]], size: int) -> None:
+    samples = [(number, targets, targets + prompt) for number, (targets, prompt) in enumerate(pairs)]
+    buffer: PackingBuffer[tuple[int, int, int]] = PackingBuffer(
+        CAPACITY, size, length=lambda sample: sample[1], tokens=lambda sample: sample[2], max_tokens=90
+    )
+    rows = [row for row in map(buffer.put, samples) if row is not None] + buffer.flush()
+    assert sorted(sample for row in rows for sample in row) == samples
+    for row in rows:
+        assert sum(sample[1] for sample in row) <= CAPACITY
+        assert sum(sample[2] for sample in row) <= 90
+
+
+def test_samples_of_many_tokens_and_few_targets_make_a_row_before_the_targets_fill_one() -> None:
+    buffer: PackingBuffer[tuple[int, int]] = PackingBuffer(
+        100, 2, length=lambda sample: sample[0], tokens=lambda sample: sample[1], max_tokens=150
+    )
+    assert buffer.put((1, 80)) is None
+    assert buffer.put((1, 80)) == [(1, 80)]
+    with pytest.raises(DataError, match="a sample has 151 tokens: a row holds at most 150"):
+        buffer.put((1, 151))
+
+
+def test_the_limit_of_tokens_follows_the_capacity_of_a_row() -> None:
+    buffer: PackingBuffer[tuple[int, int]] = PackingBuffer(
+        100, 9, length=lambda sample: sample[0], tokens=lambda sample: sample[1], max_tokens=150
+    )
+    for _ in range(3):
+        buffer.put((10, 30))
+    assert buffer.pop_row(capacity=50) == [(10, 30)] * 2

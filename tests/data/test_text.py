@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_text_parts_are_the_text_that_they_make(tokenizer: Any) -> None:
         ([{"role": "user", "content": 7}], "message 1 .* neither text nor a list of parts"),
         ([{"role": "user", "content": [{"type": "smell"}]}], "message 1 .* neither text nor a list of parts"),
         ([{"role": "user", "content": [{"type": "image"}]}], "use encode_multimodal_sample"),
-        (TURNS[:2], "nothing to learn"),
+        (TURNS[:2], "there is no answer"),
         ([*TURNS, {"role": "assistant", "content": "five " * 600}], r"\d+ tokens, more than max_seq_len=512"),
     ],
 )
@@ -150,3 +151,13 @@ def test_empty_text_gives_no_sample_and_a_missing_column_is_named(tokenizer: Any
     assert process_pretrain_example({"text": ""}, tokenizer, max_seq_len=16) == []
     with pytest.raises(DataError, match=r'no text in the column "text"; the columns are \[.body.\]'):
         process_pretrain_example({"body": "Hello"}, tokenizer, max_seq_len=16)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_token_ids_are_those_that_the_tokenizer_gives(tokenizer: Any, cut: bool) -> None:
+    other = copy.deepcopy(tokenizer)
+    if cut:
+        other.backend_tokenizer.enable_truncation(3)  # left over from an earlier call
+    text = "one two<|im_end|>three  four"
+    sample = process_pretrain_example({"text": text}, other)[0]
+    assert sample["input_ids"].tolist()[: len(tokenizer(text)["input_ids"])] == tokenizer(text)["input_ids"]

@@ -54,7 +54,8 @@ def test_in_the_data_names_file_and_line(fault: str, arguments: list[str], digit
         expected = "broken.png"
     lines[7] = json.dumps(bad)
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
-    done = run([*arguments, f"--data.train_path={tmp_path}/train.jsonl"], tmp_path / "run")
+    changes = [f"--data.train_path={tmp_path}/train.jsonl", "--data.max_skipped=0"]
+    done = run([*arguments, *changes], tmp_path / "run")
     check(done, f"{tmp_path}/train.jsonl:8: ", expected)
 
 

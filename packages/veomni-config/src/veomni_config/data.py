@@ -50,9 +50,15 @@ class DataConfig(Section):
         description="Whether `data.train_path` is a multisource file; follows from its name, `.yaml` or `.yml`.",
     )
     source_name: str | None = Field(default=None, description="Label of a single source, for metrics.")
-    data_tag: Literal["default", "mmtag"] = Field(default="default", description="Layout of multimodal samples.")
+    data_tag: Literal["default", "mmtag"] = Field(
+        default="default",
+        json_schema_extra={"legacy": "the layout of a sample is recognised by its fields"},
+        description="Layout of multimodal samples.",
+    )
     drop_resume_buffer: bool = Field(
-        default=False, description="Whether samples that wait in the packing buffer are dropped when a run resumes."
+        default=False,
+        json_schema_extra={"legacy": "samples that wait are read again when a run resumes, none is lost"},
+        description="Whether samples that wait in the packing buffer are dropped when a run resumes.",
     )
     text_keys: str | None = Field(
         default=None,
@@ -60,6 +66,28 @@ class DataConfig(Section):
         "conversation.",
     )
     image_keys: str = Field(default="images", min_length=1, description="Field of a sample that holds its pictures.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our names of a sample's fields (`messages`, `prompt`, `images`, ...) to those of the data, for a "
+        "layout that is not recognised by itself.",
+    )
+    root: str | None = Field(
+        default=None,
+        description="Folder that the paths in the data may not leave; null for no such limit.",
+    )
+    max_skipped: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of broken samples, from 0 to 1, over which the run stops; up to it they are skipped, "
+        "counted and named in `skipped.jsonl`.",
+    )
+    too_long: Literal["drop", "truncate", "split"] = Field(
+        default="drop", description="What becomes of a sample that is longer than `data.max_seq_len`; it is counted."
+    )
+    shuffle_buffer: int = Field(
+        default=1000, ge=1, description="Samples of each stream that are shuffled together; for `iterable` data."
+    )
     chat_template: str = Field(
         default="default", min_length=1, description="Name of the chat template that renders conversations."
     )

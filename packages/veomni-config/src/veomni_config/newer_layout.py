@@ -16,6 +16,8 @@ RENAMED = {
     "data.dataloader.drop_last": "data.drop_last",
     "data.dataloader.pin_memory": "data.pin_memory",
     "data.mm_configs.image_max_pixels": "data.max_pixels",
+    "data.mm_configs.fps": "data.fps",
+    "data.mm_configs.max_frames": "data.max_frames",
     "train.torch_compile.enable": "train.enable_compile",
     "train.optimizer.type": "train.optimizer",
     "train.optimizer.lr": "train.lr",
@@ -71,8 +73,6 @@ _REASONS = {
     "the index is found beside the weights": ("model.safetensor_idx_path",),
     "not supported yet": (
         "model.lora_config",
-        "train.dyn_bsz_count_mode",
-        "train.dyn_bsz_physical_overflow_ratio",
         "train.pad_to_length",
         "train.ep_sharded_stream_load",
         "train.enable_batch_invariant_mode",

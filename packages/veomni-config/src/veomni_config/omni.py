@@ -17,6 +17,15 @@ class VLDataConfig(DataConfig):
         ge=1,
         description="Pixels of a picture at most; a larger one is scaled down before it is read.",
     )
+    fps: float | None = Field(
+        default=None, gt=0, description="Frames of a second of video that are read; null leaves it to the processor."
+    )
+    max_frames: int | None = Field(
+        default=None, ge=1, description="Frames of a video at most, spread evenly; null for no limit."
+    )
+    max_audio_seconds: float | None = Field(
+        default=None, gt=0, description="Seconds of a sound at most, the rest is cut off; null for no limit."
+    )
 
 
 class OmniDataConfig(VLDataConfig):

@@ -67,6 +67,20 @@ class TrainConfig(Section):
         default="worker", description="Whether micro-batches are filled in the main process or in the loader's workers."
     )
     dyn_bsz_buffer_size: int = Field(default=200, ge=1, description="Samples that packing looks ahead.")
+    dyn_bsz_count_mode: Literal["total", "effective"] = Field(
+        default="total",
+        description="What the budget of a micro-batch counts: all tokens, or only those that are learnt.",
+    )
+    dyn_bsz_physical_overflow_ratio: float = Field(
+        default=1.5,
+        ge=1,
+        description="Times `data.max_seq_len` that all tokens of a row may be when `effective` ones are counted.",
+    )
+    balance_ranks: bool = Field(
+        default=False,
+        description="Whether the rows of a step are dealt to the ranks by their work (tokens and the squares of "
+        "attention) instead of in turn.",
+    )
     bsz_warmup_ratio: float = Field(
         default=0.0, ge=0, le=1, description="Share of the steps during which the token budget grows, from 0 to 1."
     )

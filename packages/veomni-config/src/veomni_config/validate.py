@@ -15,7 +15,7 @@ from .schema import config_keys, nearest
 from .section import touches
 from .yaml_reader import read_file
 
-_DATA = (".json", ".jsonl", ".ndjson", ".parquet")
+_DATA = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".tar", ".gz", ".zst")
 _PATHS = ("config_path", "model_path", "tokenizer_path", "train_path", "eval_path", "load_checkpoint_path")
 _KERNELS = (
     "auto",
@@ -27,7 +27,8 @@ _KERNELS = (
     "segments",
     "native-sparse",
 )
-_SCHEDULES = ("const",)
+_SCHEDULES = ("const", "linear")
+_STOPPING = ("first_exhausted", "all_exhausted", "forever")
 
 
 def further_problems(
@@ -99,20 +100,29 @@ def _of_sources(key: str, file: str) -> Iterator[Problem]:
         yield Problem(key, f"{file}: {'.'.join(map(str, place))}: {node.problem}")
     content = tree.plain()
     sources, names, schedule = (content.get(name) for name in ("sources", "names", "schedule"))
-    if not _is_list(sources, str) or not sources:
-        yield Problem(key, f"{file}: sources: a list of paths is expected")
+    if not isinstance(sources, list) or not sources or not all(_path_of(each) for each in sources):
+        yield Problem(key, f"{file}: sources: a list of paths, or of mappings with a path, is expected")
         return
     count = len(sources)
-    for source in sources:
-        if _looks_local(source) and not _exists(source):
+    for source in map(_path_of, sources):
+        assert source is not None
+        if _looks_local(source) and not _exists(source) and not _exists(str(Path(file).parent / source)):
             yield Problem(key, f"{file}: sources: {source}: no such file or folder")
-    if not _is_list(names, str) or len(names) != count:
+    if names is not None and (not _is_list(names, str) or len(names) != count):
         yield Problem(key, f"{file}: names: a list of {count} names is expected, one for each of the sources")
+    if schedule is not None:
+        yield from _of_schedule(key, file, schedule, count)
+    stopping = content.get("stopping", _STOPPING[0])
+    if stopping not in _STOPPING:
+        yield Problem(key, f"{file}: stopping: {stopping!r} given; allowed: {', '.join(_STOPPING)}")
+
+
+def _of_schedule(key: str, file: str, schedule: Any, count: int) -> Iterator[Problem]:
     if not _is_list(schedule, dict) or not schedule:
         yield Problem(key, f"{file}: schedule: a list of mappings with schedule_type and weights is expected")
         return
     for index, entry in enumerate(schedule):
-        kind, weights = entry.get("schedule_type"), entry.get("weights")
+        kind, weights, steps = entry.get("schedule_type"), entry.get("weights"), entry.get("steps")
         if kind not in _SCHEDULES:
             yield Problem(
                 key, f"{file}: schedule.{index}.schedule_type: {kind!r} given; allowed: {', '.join(_SCHEDULES)}"
@@ -123,6 +133,19 @@ def _of_sources(key: str, file: str) -> Iterator[Problem]:
                 key,
                 f"{file}: schedule.{index}.weights: a list of {count} weights >= 0 is expected, one for each source",
             )
+        is_last = index == len(schedule) - 1
+        if (steps is None and (kind == "linear" or not is_last)) or (steps is not None and not _is_count(steps)):
+            yield Problem(key, f"{file}: schedule.{index}.steps: a whole number of steps >= 1 is expected")
+
+
+def _path_of(source: Any) -> str | None:
+    """The path of a source, which stands alone or in a mapping."""
+    path = source.get("path") if isinstance(source, dict) else source
+    return path if isinstance(path, str) and path else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _is_list(value: Any, *kinds: type) -> TypeGuard[list[Any]]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from .collators import IGNORED_LABEL
@@ -30,12 +34,18 @@ TEMPLATES: dict[str, str] = {"chatml": CHATML}
 """Jinja sources by name: plain data, to which `register_chat_template` adds."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_IMAGE_PART = re.compile(r"""['"]image['"]""")
-_ANSWER = "veomni-probe-answer"
+_QUESTION, _ANSWER = "veomni-probe-question", "veomni-probe-answer"
+_PROBE: dict[str, Any] = {"role": "user", "content": _QUESTION}
+_REPLY: dict[str, Any] = {"role": "assistant", "content": _ANSWER}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_END_OF_REASONING = "</think>"
 
 
 class ChatTemplate:
     """A Jinja chat template and the tokenizer that it is written for.
+
+    Messages are as `normalize_example` gives them. What is peculiar to a template (whether it takes texts or lists of
+    parts, objects or JSON as the arguments of a tool call) is found out by rendering, and adapted to.
 
     Args:
         source: the Jinja source, as in `tokenizer.chat_template`.
@@ -53,47 +63,105 @@ class ChatTemplate:
         self.source = source
         self.tokenizer = tokenizer
         self.marks_generation = bool(_GENERATION.search(source))
-        self.takes_parts = bool(_IMAGE_PART.search(source))  # content may be a list that says where pictures are
-        self._end_of_turn: str | None = None
+        self._takes: dict[tuple[str, str], bool] = {}
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, with the assistant's header behind it if `add_generation_prompt`."""
-        return self._render(messages, add_generation_prompt)[0]
+    def render(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of a conversation, with the assistant's header behind it if `add_generation_prompt`.
 
-    def render_with_spans(self, messages: Messages) -> tuple[str, list[Span]]:
+        Args:
+            messages: `{"role": ..., "content": text, list of parts or None, ...}`, see `normalize_example`.
+            tools: descriptions of functions, for templates that show them.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        return self._render([self._adapted(message) for message in messages], tools, add_generation_prompt)[0]
+
+    def render_with_spans(
+        self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[str, list[Span]]:
         """The text of a conversation and the characters that the assistant is to learn, end-of-turn token included.
 
         They are those between `{% generation %}` and `{% endgeneration %}` where the template has these. Otherwise each
         assistant turn begins where the conversation before it ends with its generation prompt, and ends with the first
         end-of-turn token after its content; a template that does not render turns in this way is refused.
 
-        Raises:
-            DataError: the template refuses the conversation, or its turns cannot be found.
-        """
-        text, spans = self._render(messages, False)
-        if self.marks_generation:
-            return text, spans
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                begin = self._turn_begin(messages, index, text)
-                if spans and begin < spans[-1][1]:
-                    raise self._inconsistent(index)
-                spans.append((begin, self._turn_end(message, index, text, begin)))
-        return text, spans
+        Not learnt: a message with `"weight": 0`; and one of an earlier turn whose reasoning the template leaves out
+        when others follow, for the assistant would not have said it so.
 
-    def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
+        Raises:
+            DataError: the template refuses the conversation, its turns cannot be found, or it never shows reasoning.
+        """
+        adapted = [self._adapted(message) for message in messages]
+        text, marked = self._render(adapted, tools)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        learnt = [i for i in turns if messages[i].get("weight", 1)]
+        if not self.marks_generation:
+            spans = self._find_turns(messages, adapted, tools, text, learnt)
+        elif len(marked) == len(turns):
+            spans = dict(zip(turns, marked, strict=True))
+        elif len(learnt) == len(turns):
+            return text, marked
+        else:
+            raise DataError(
+                f"{len(turns)} messages are the assistant's, but the chat template marks {len(marked)} parts with "
+                f'{{% generation %}}, so that which has "weight": 0 cannot be told'
+            )
+        last_question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        shown = []
+        for i in learnt:
+            turn = text[slice(*spans[i])]
+            if any(call["function"]["name"] not in turn for call in messages[i].get("tool_calls", ())):
+                raise DataError(f"the chat template does not show the tool calls of message {i + 1}")
+            if _reasoning(messages[i]) in turn:
+                shown.append(spans[i])
+            elif i > last_question:
+                raise DataError(
+                    f"the chat template does not show the reasoning of message {i + 1}: use one that does, or leave "
+                    f"the reasoning out"
+                )
+        return text, shown
+
+    def encode(
+        self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Token ids of a conversation and its labels: the ids of the assistant's turns, -100 elsewhere."""
-        text, spans = self.render_with_spans(messages)
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        text, spans = self.render_with_spans(messages, tools=tools)
+        tokens = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
         return tokens["input_ids"], mask_outside(spans, tokens["input_ids"], tokens["offset_mapping"])
 
-    def _render(self, messages: Messages, add_generation_prompt: bool) -> tuple[str, list[Span]]:
+    def takes(self, kind: str, token: str) -> bool:
+        """Whether the template writes `token` for a part `{"type": kind}` of a message's content."""
+        if (kind, token) not in self._takes:
+            parts = [{"type": kind}, {"type": "text", "text": _QUESTION}]
+            try:
+                text = self._render([{"role": "user", "content": parts}])[0]
+            except DataError:
+                text = ""
+            self._takes[kind, token] = token in text and _QUESTION in text
+        return self._takes[kind, token]
+
+    def _render(
+        self,
+        adapted: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> tuple[str, list[Span]]:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, spans = render_jinja_template(
-                [[dict(message) for message in messages]],
+                [adapted],
+                tools=tools,
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.marks_generation,
                 add_generation_prompt=add_generation_prompt,
@@ -101,40 +169,110 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError) as error:  # TypeError: such as a string added to None
             raise DataError(f"the chat template cannot render this conversation: {error}") from error
+        if any(_name(tool) not in texts[0] for tool in tools or ()):
+            raise DataError("the chat template does not show the tools of this conversation")
         return texts[0], list(spans[0]) if self.marks_generation else []
 
-    def _turn_begin(self, messages: Messages, index: int, text: str) -> int:
-        before = self.render(messages[:index], add_generation_prompt=True)
-        if not text.startswith(before):
-            raise self._inconsistent(index)
-        return len(before)
+    def _adapted(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message in the form that this template reads."""
+        adapted = {key: value for key, value in message.items() if key != "weight"}
+        content = message.get("content")
+        if self._needs_parts:
+            if isinstance(content, str):
+                adapted["content"] = [{"type": "text", "text": content}]
+        elif isinstance(content, list) and all(part["type"] == "text" for part in content):
+            adapted["content"] = content_text(content)
+        if message.get("tool_calls") and self._arguments_are_text:
+            adapted["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
+                for call in message["tool_calls"]
+            ]
+        return adapted
 
-    def _turn_end(self, message: Mapping[str, Any], index: int, text: str, begin: int) -> int:
-        end_of_turn = self._find_end_of_turn()
-        content = content_text(message.get("content")).strip()
-        at = text.find(content, begin)
-        end = text.find(end_of_turn, at + len(content)) if at >= 0 else -1
-        if end < 0:
-            raise self._inconsistent(index)
-        return end + len(end_of_turn)
+    @cached_property
+    def _needs_parts(self) -> bool:
+        """Whether the template loses content that is a text, but not a list of parts."""
+        in_parts = {"role": "user", "content": [{"type": "text", "text": _QUESTION}]}
+        return not self._shows(_QUESTION, [_PROBE]) and self._shows(_QUESTION, [in_parts])
 
-    def _find_end_of_turn(self) -> str:
+    @cached_property
+    def _arguments_are_text(self) -> bool:
+        """Whether the template takes the arguments of a tool call as JSON, but not as an object."""
+
+        def calls(arguments: Any) -> list[dict[str, Any]]:
+            call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": arguments}}
+            return [_PROBE, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+        arguments = {"veomni": _ANSWER}
+        return not self._shows(_ANSWER, calls(arguments)) and self._shows(_ANSWER, calls(_as_json(arguments)))
+
+    def _shows(self, words: str, adapted: list[dict[str, Any]]) -> bool:
+        try:
+            return words in self._render(adapted)[0]
+        except DataError:
+            return False
+
+    def _find_turns(
+        self,
+        messages: Messages,
+        adapted: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        text: str,
+        turns: Sequence[int],
+    ) -> dict[int, Span]:
+        spans: dict[int, Span] = {}
+        last = 0
+        for i in turns:
+            before = self._render(adapted[:i], tools, True)[0]
+            if not text.startswith(before):
+                # a generation prompt may open the reasoning too, which an answer without any does not have
+                before = self._render(adapted[:i], tools)[0] + self._header
+            # a space that ends the header is a part of the answer's first token in most vocabularies
+            begin = len(before.rstrip(" "))
+            if not text.startswith(before) or begin < last:
+                raise _inconsistent(i)
+            # what ends a tool call may be another token than what ends an answer
+            after = self._render(adapted[: i + 1], tools)[0] if messages[i].get("tool_calls") else None
+            if after is not None and text.startswith(after):
+                ends = [after.rfind(token) + len(token) for token in self._special if token in after[begin:]]
+                last = max(ends, default=len(after))
+            else:
+                last = self._turn_end(messages[i], text, begin, i)
+            spans[i] = (begin, last)
+        return spans
+
+    def _turn_end(self, message: Mapping[str, Any], text: str, begin: int, index: int) -> int:
+        """Behind the first end-of-turn token after the content, or after what of it is no reasoning."""
+        content = content_text(message.get("content"))
+        for words in (content.strip(), content.rpartition(_END_OF_REASONING)[2].strip()):
+            at = text.find(words, begin)
+            end = text.find(self._end_of_turn, at + len(words))
+            if at >= 0 and end >= 0:
+                return end + len(self._end_of_turn)
+        raise _inconsistent(index)
+
+    @cached_property
+    def _special(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        marked = [token.content for token in added if token.special]
+        return [token for token in dict.fromkeys([*self.tokenizer.all_special_tokens, *marked]) if token]
+
+    @cached_property
+    def _header(self) -> str:
+        """What stands between a question and its answer, whatever the answer is."""
+        question = [self._adapted(_PROBE)]
+        prompt, answered = self._render(question, None, True)[0], self._render([*question, self._adapted(_REPLY)])[0]
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, answered, strict=False)))
+        return prompt[len(self._render(question)[0]) : common]
+
+    @cached_property
+    def _end_of_turn(self) -> str:
         """What stands behind an answer, up to the first special token (blanks behind that are no business of it)."""
-        if self._end_of_turn is None:
-            probe = [{"role": "user", "content": "veomni-probe-question"}, {"role": "assistant", "content": _ANSWER}]
-            _, found, tail = self.render(probe).rpartition(_ANSWER)
-            if not found:
-                raise DataError("the chat template does not show what the assistant says")
-            special = [token for token in self.tokenizer.all_special_tokens if token and token in tail]
-            ends = [tail.index(token) + len(token) for token in special]
-            self._end_of_turn = tail[: min(ends)] if ends else tail
-        return self._end_of_turn
-
-    def _inconsistent(self, index: int) -> DataError:
-        return DataError(
-            f"the chat template renders message {index + 1} differently when others follow, so that the part to learn "
-            f"cannot be found: put {{% generation %}} and {{% endgeneration %}} around it in the template"
-        )
+        _, found, tail = self.render([_PROBE, _REPLY]).rpartition(_ANSWER)
+        if not found:
+            raise DataError("the chat template does not show what the assistant says")
+        ends = [tail.index(token) + len(token) for token in self._special if token in tail]
+        return tail[: min(ends)] if ends else tail
 
 
 def get_chat_template(name: str, tokenizer: Any, *, templates: Mapping[str, str] = TEMPLATES) -> ChatTemplate:
@@ -173,41 +311,43 @@ def content_text(content: Any) -> str:
     return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
-def checked_messages(example: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """The conversation of a row; DataError if it is not a list of messages with a role and content."""
-    if key not in example:
-        raise DataError(f'there is no column "{key}" but {sorted(example)}')
-    messages = example[key]
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f'"{key}" must be a list of at least one message')
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f'message {number} of "{key}" has no "role"')
-        content = message.get("content")
-        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
-            continue
-        parts = [] if isinstance(content, str) else content
-        if not isinstance(parts, Sequence) or not all(_is_part(part) for part in parts):
-            raise DataError(f'the content of message {number} of "{key}" is neither text nor a list of parts')
-    return [dict(message) for message in messages]
-
-
-def _is_part(part: Any) -> bool:
-    if not isinstance(part, Mapping):
-        return False
-    return isinstance(part.get("text"), str) if part.get("type") == "text" else part.get("type") == "image"
-
-
 def mask_outside(spans: Sequence[Span], ids: Sequence[int], offsets: Sequence[Span]) -> list[int]:
-    """Labels: the id of each token that begins within one of the ascending spans and is not empty, -100 elsewhere."""
+    """Labels: the id of each token that begins within one of the spans, -100 elsewhere.
+
+    Args:
+        spans: characters [begin, end), ascending.
+        ids: T token ids.
+        offsets: the characters of each, T, ascending. One that has none (blanks, where a tokenizer leaves them out) is
+            within a span if it is not at its begin.
+    """
     labels = [IGNORED_LABEL] * len(ids)
-    spans_left = iter(spans)
-    span = next(spans_left, None)
-    for i, (begin, end) in enumerate(offsets):
-        while span is not None and begin >= span[1]:
-            span = next(spans_left, None)
-        if span is None:
-            break
-        if begin >= span[0] and end > begin:
-            labels[i] = ids[i]
+    for begin, end in spans:
+        first, last = bisect_left(offsets, (begin, begin + 1)), bisect_left(offsets, (end, 0))
+        labels[first:last] = ids[first:last]
     return labels
+
+
+def _reasoning(message: Mapping[str, Any]) -> str:
+    """What a message says to itself, in a field of its own or within its content; "" without."""
+    own = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), None)
+    if own is None:
+        before, found, _ = content_text(message.get("content")).rpartition(_END_OF_REASONING)
+        own = before.rpartition("<think>")[2] if found else ""
+    return own.strip()
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    name = tool.get("function", tool).get("name")
+    return name if isinstance(name, str) else ""
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _inconsistent(index: int) -> DataError:
+    return DataError(
+        f"the chat template renders message {index + 1} differently when others follow, so that the part to learn "
+        f"cannot be found: put {{% generation %}} and {{% endgeneration %}} around it in the template, or give the "
+        f'message "weight": 0'
+    )

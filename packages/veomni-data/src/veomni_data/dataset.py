@@ -1,57 +1,127 @@
-"""JSON, JSON lines and Parquet files as a sequence of rows, each of which knows where it comes from."""
+"""Datasets of files: with a length and random access, or as a stream."""
 
 from __future__ import annotations
 
 import bisect
-import glob
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Literal, Protocol, overload
 
-import numpy as np
-import numpy.typing as npt
-
+from .columnar import ArrowIndex, ArrowStream, ParquetIndex, ParquetStream
+from .delimited import DELIMITERS, RecordIndex, RecordStream
 from .errors import DataError
+from .files import DataFile, HubDataset, find_files, first_line, local_copy
+from .hub import HubTable, hub_shards
+from .json_array import ArrayIndex, ArrayStream, is_array
+from .lines import LineIndex, LineStream, parse_json_line, parse_text_line
+from .multisource import Interleaved, Mixture, SourceEntry, read_multisource
+from .row import Row, rename_columns, transform_row
+from .source import Order, Ref, SequencePart, epoch_order
+from .stream import StreamFile, StreamingDataset, StreamSource
+from .web_dataset import TarIndex, TarStream
 
-_JSON = (".json", ".jsonl", ".ndjson")
-_PARQUET = (".parquet",)
-_CHUNK = 1 << 24
+__all__ = ["MappedSource", "MappingDataset", "Row", "build_dataset"]
 
-Array = npt.NDArray[np.int64]
-
-
-class Row(dict[str, Any]):
-    """A row of a data file, as a dict; `place` ("file:line") is for errors, `folder` is what paths in it start from."""
-
-    def __init__(self, values: dict[str, Any], place: str, folder: Path) -> None:
-        super().__init__(values)
-        self.place = place
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[type[Row], tuple[dict[str, Any], str, Path]]:
-        return Row, (dict(self), self.place, self.folder)
+Transform = Callable[[Row], Any]
 
 
-class _File(Protocol):
-    """A data file: a sequence of rows."""
+class RowFile(Protocol):
+    """A file with a length and random access."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Row: ...
+    def values(self, index: int) -> dict[str, Any]:
+        """The columns of a row; DataError where it is broken."""
+        ...
+
+    def place(self, index: int) -> str:
+        """The file and line, row or sample, for messages."""
+        ...
+
+
+class MappedSource:
+    """The rows of files one after the other, with random access, and shuffled by epoch in any number of parts.
+
+    Args:
+        files: each with the folder that paths in its rows start from.
+        name: of the source.
+        number: its place among the sources; they are shuffled apart.
+        transform: makes of a row what `encode` gives.
+        columns, root, label: see `Row` and `rename_columns`.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[RowFile, Path | None]],
+        *,
+        name: str,
+        number: int = 0,
+        transform: Transform | None = None,
+        columns: Mapping[str, str] | None = None,
+        root: Path | None = None,
+        label: str | None = None,
+    ) -> None:
+        self.name = name
+        self.files = list(files)
+        self.transform = transform
+        self.order_number = number
+        self._columns = columns
+        self._root = root
+        self._label = label
+        self._ends = list(accumulate(len(file) for file, _ in self.files))
+        self.rows: int | None = len(self)
+        self._order: tuple[tuple[int, int], Order] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def part(
+        self, number: int, parts: int, *, seed: int, epoch: int, state: dict[str, Any] | None = None
+    ) -> SequencePart:
+        """One of a number of parts; see `Source.part`."""
+        if self._order is None or self._order[0] != (seed, epoch):
+            self._order = (seed, epoch), epoch_order(len(self), seed, epoch, self.order_number)
+        return SequencePart(self._order[1][number::parts].copy(), 0 if state is None else state["next"])
+
+    def encode(self, raw: Any) -> Any:
+        """What the transform makes of a row, or the row; DataError, with file and line, where it is broken."""
+        file, folder, index = self._find(raw)
+        try:
+            values = file.values(index)
+            if self._columns is not None:
+                values = rename_columns(values, self._columns)
+        except DataError as error:
+            raise DataError(f"{file.place(index)}: {error}", reason=error.reason) from error
+        row = Row(values, file.place(index), folder, self._label, self._root)
+        return row if self.transform is None else transform_row(self.transform, row)
+
+    def place(self, ref: Ref) -> str:
+        """The file and line, row or sample."""
+        file, _, index = self._find(ref)
+        return file.place(index)
+
+    def _find(self, index: int) -> tuple[RowFile, Path | None, int]:
+        at = bisect.bisect_right(self._ends, index)
+        return (*self.files[at], index - (self._ends[at - 1] if at else 0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_order": None}
 
 
 class MappingDataset(Sequence[Any]):
-    """The rows of data files one after the other, each passed through `transform` when it is asked for.
+    """The rows of sources one after the other, each passed through the transform when it is asked for.
 
-    A DataError of the transform is raised again with the row's file and line in front.
+    Iterating it gives the rows in order; of several sources with a mixture, an epoch drawn by its weights, which is a
+    function of the seed and the epoch.
     """
 
-    def __init__(self, files: Sequence[_File], transform: Callable[[Row], Any] | None = None) -> None:
-        self.files = list(files)
-        self.transform = transform
-        self._ends = list(accumulate(len(file) for file in self.files))
+    def __init__(self, sources: Sequence[MappedSource], mixture: Mixture | None = None, *, seed: int = 0) -> None:
+        self.sources = list(sources)
+        self.mixture = mixture
+        self.seed = seed
+        self.epoch = 0
+        self._ends = list(accumulate(len(source) for source in self.sources))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -67,193 +137,211 @@ class MappingDataset(Sequence[Any]):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         at = bisect.bisect_right(self._ends, index)
-        row = self.files[at][index - (self._ends[at - 1] if at else 0)]
-        if self.transform is None:
-            return row
-        try:
-            return self.transform(row)
-        except DataError as error:
-            raise DataError(f"{row.place}: {error}") from error
-        except Exception as error:
-            error.add_note(f"while transforming {row.place}")
-            raise
+        return self.sources[at].encode(index - (self._ends[at - 1] if at else 0))
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.mixture is None:
+            return (self[i] for i in range(len(self)))
+        return Interleaved(self.sources, self.mixture, seed=self.seed, epoch=self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration over a mixture be this epoch."""
+        self.epoch = epoch
 
 
+@overload
+def build_dataset(
+    path: str | Path | Sequence[str | Path],
+    *,
+    kind: Literal["mapping"] = ...,
+    transform: Transform | None = ...,
+    seed: int = ...,
+    shuffle_buffer: int = ...,
+    root: str | Path | None = ...,
+    name: str | None = ...,
+    subset: str | None = ...,
+    split: str = ...,
+) -> MappingDataset: ...
+@overload
+def build_dataset(
+    path: str | Path | Sequence[str | Path],
+    *,
+    kind: Literal["iterable"],
+    transform: Transform | None = ...,
+    seed: int = ...,
+    shuffle_buffer: int = ...,
+    root: str | Path | None = ...,
+    name: str | None = ...,
+    subset: str | None = ...,
+    split: str = ...,
+) -> StreamingDataset: ...
+@overload
+def build_dataset(
+    path: str | Path | Sequence[str | Path],
+    *,
+    kind: str,
+    transform: Transform | None = ...,
+    seed: int = ...,
+    shuffle_buffer: int = ...,
+    root: str | Path | None = ...,
+    name: str | None = ...,
+    subset: str | None = ...,
+    split: str = ...,
+) -> MappingDataset | StreamingDataset: ...
 def build_dataset(
     path: str | Path | Sequence[str | Path],
     *,
     kind: str = "mapping",
-    transform: Callable[[Row], Any] | None = None,
-) -> MappingDataset:
-    """The rows of JSON, JSON lines and Parquet files, with a length and random access.
+    transform: Transform | None = None,
+    seed: int = 0,
+    shuffle_buffer: int = 256,
+    root: str | Path | None = None,
+    name: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+) -> MappingDataset | StreamingDataset:
+    """The rows of data files: with a length and random access ("mapping") or as a stream ("iterable").
+
+    | format | a row |
+    | --- | --- |
+    | `.jsonl`, `.ndjson`, `.json` | an object a line; a `.json` that begins with `[` is an array of objects |
+    | `.parquet`, `.arrow` (IPC file or stream) | its columns as plain values, pictures and sound as bytes |
+    | `.csv`, `.tsv` | the fields of a record by the header's names, all as text |
+    | `.txt` | `{"text": line}` |
+    | `.tar` (WebDataset) | `{"__key__": key, suffix: content}`; `.json` is parsed, `.txt` is text, all else is bytes |
+
+    Blank lines are no rows. A stream also reads text formats that end in `.gz` or `.zst`. A stream of a `.json` array
+    parses entry by entry; a mapping holds it in memory.
 
     Args:
-        path: a file, a folder (its data files, by name, not those of folders below), a glob (`**` goes below), several
-            of these separated by commas or in a list. `.json` is an array of objects or, like `.jsonl`, an object
-            a line.
-        kind: "mapping".
-        transform: makes of a row (a dict with `place` and `folder`) what the dataset gives, for example a sample or
-            a list of samples; it runs when the row is asked for.
+        path: a file; a folder (its data files, by name, not those of folders below); a folder of
+            `Dataset.save_to_disk`, of `veomni-data prepare`, or laid out as on the hub; a glob (`**` goes below); an
+            fsspec URL of any of these (a mapping copies its files into the cache of `datasets`); the id "owner/name" of
+            a dataset of the Hugging Face hub; several of these separated by commas or in a list; or a multisource
+            `.yaml`, see `read_multisource`.
+        kind: "mapping" finds all rows at the start; "iterable" reads nothing before it is iterated.
+        transform: makes of a row (a dict with `place`, `folder`, `source`, `root`) what the dataset gives, for example
+            a sample or a list of samples; it runs when the row is asked for.
+        seed: of the order, with the epoch.
+        shuffle_buffer: of a stream: so many rows (but at most 16 MB of them) are read at a time and given in a random
+            order, and files are read in a random order; 0 = in the order of the files.
+        root: the folder that files named in rows may not leave.
+        name: of the source, where it is a single one.
+        subset, split: of a hub dataset.
 
     Raises:
-        DataError: nothing there, no row in a file, a file that cannot be read. A line that is not a JSON object is
+        DataError: nothing there, and for a mapping no row in a file, or a file that cannot be read. A broken row is
             reported when it is asked for.
     """
-    if kind != "mapping":
-        raise DataError(f'kind="{kind}" is not a kind of dataset: "mapping" is')
+    if kind not in ("mapping", "iterable"):
+        raise DataError(f'kind="{kind}" is not a kind of dataset: "mapping" and "iterable" are')
+    if shuffle_buffer < 0:
+        raise DataError(f"shuffle_buffer={shuffle_buffer} must be a number of rows, or 0")
+    folder = None if root is None else Path(root).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"the data root {root} is not a folder")
     paths = [path] if isinstance(path, (str, Path)) else list(path)
-    files = [file for p in paths for file in _find(p)]
-    return MappingDataset([_open(file) for file in files], transform)
-
-
-def _find(path: str | Path) -> list[Path]:
-    """The data files that a path, a glob or a comma-separated list of both means."""
-    whole = Path(path).expanduser()
-    if whole.is_dir():
-        files = sorted(
-            f for f in whole.iterdir() if f.suffix in _JSON + _PARQUET and f.is_file() and f.name[0] not in "._"
-        )
-        if not files:
-            raise DataError(f"{whole} holds no data file ({', '.join(_JSON + _PARQUET)})")
-        return files
-    if whole.is_file():
-        return [whole]
-    if "," in str(path):
-        return [file for part in str(path).split(",") if part.strip() for file in _find(part.strip())]
-    if glob.has_magic(str(path)):
-        files = sorted(Path(f) for f in glob.glob(str(whole), recursive=True) if Path(f).is_file())  # noqa: PTH207
-        if not files:
-            raise DataError(f"no file matches {path}")
-        return files
-    raise DataError(f"{path} does not exist: it should be a data file or a folder of data files")
-
-
-def _open(path: Path) -> _File:
-    if path.suffix not in _JSON + _PARQUET:
-        raise DataError(f"{path} is not a data file: its name must end in one of {', '.join(_JSON + _PARQUET)}")
-    try:
-        if path.suffix in _PARQUET:
-            file: _File = ParquetFile(path)
+    if not paths:
+        raise DataError("the list of data files is empty")
+    entries, mixture, several = [SourceEntry(name or _name_of(paths), "")], None, False
+    if any(_is_multisource(p) for p in paths):
+        if len(paths) > 1:
+            raise DataError("a multisource .yaml stands alone: name the other files among its sources")
+        entries, mixture = read_multisource(Path(paths[0]).expanduser(), split)
+        several = True
+    sources: list[Any] = []
+    for number, entry in enumerate(entries):
+        files = [file for p in ([entry.path] if several else paths) for file in find_files(p, split)]
+        given: dict[str, Any] = {
+            "name": entry.name,
+            "transform": transform,
+            "columns": entry.columns,
+            "root": folder,
+            "label": entry.name if several or name else None,
+        }
+        if kind == "mapping":
+            sources.append(MappedSource([_index(f, subset, split) for f in files], number=number, **given))
         else:
-            file = JsonArray(path) if _starts_an_array(path) else JsonLines(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not len(file):
-        raise DataError(f"{path} is empty: it has no row")
-    return file
+            sources.append(_stream_source(files, subset, split, shuffle_buffer=shuffle_buffer, **given))
+    made = MappingDataset if kind == "mapping" else StreamingDataset
+    return made(sources, mixture, seed=seed)
 
 
-class JsonLines:
-    """An object a line, read by plain `json` through an index of where lines begin.
-
-    Not `datasets`: a column there has one type, and the `content` of a message may be a string in one row and a list
-    in the next; nothing is cached that could be stale; and an error can name the line.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._begins, self._ends, self._numbers = _index_lines(path)
-
-    def __len__(self) -> int:
-        return len(self._begins)
-
-    def __getitem__(self, index: int) -> Row:
-        begin, end = int(self._begins[index]), int(self._ends[index])
-        place = f"{self.path}:{self._numbers[index]}"
-        # opened for each row: a handle would be shared by the worker processes, and an open costs less than a parse
-        with self.path.open("rb") as file:
-            file.seek(begin)
-            line = file.read(end - begin)
-        try:
-            values = json.loads(line.decode("utf-8-sig" if begin == 0 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: this line is not UTF-8 (byte {error.start + 1})") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: this line is not JSON ({error.msg}, column {error.colno})") from error
-        return _row(values, place, self.path)
+def _is_multisource(path: str | Path) -> bool:
+    return str(path).endswith((".yaml", ".yml"))
 
 
-class JsonArray:
-    """One array of objects, held in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._rows: list[Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (byte {error.start + 1})") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: this is not JSON ({error.msg}, column {error.colno})") from error
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Row:
-        return _row(self._rows[index], f"{self.path}, entry {index + 1}", self.path)
+def _name_of(paths: Sequence[str | Path]) -> str:
+    return Path(str(paths[0]).rstrip("/")).name.partition(".")[0] or "data"
 
 
-class ParquetFile:
-    """Rows of a Parquet file: `datasets` converts it once to Arrow, which is mapped into memory for random access.
-
-    Its cache is keyed by the file's time of change and guarded by a lock, so that ranks may start together.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-        from pyarrow import ArrowException
-
-        self.path = path
-        try:
-            self._length: int = pq.read_metadata(path).num_rows
-        except ArrowException as error:
-            raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
-        if self._length:
-            self._rows = _load_parquet(path)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Row:
-        return _row(self._rows[index], f"{self.path}, row {index + 1}", self.path)
-
-
-def _load_parquet(path: Path) -> Any:
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+def _index(file: DataFile | HubDataset, subset: str | None, split: str) -> tuple[RowFile, Path | None]:
+    """A file with random access, and the folder that paths in its rows start from."""
+    if isinstance(file, HubDataset):
+        table = HubTable(file.name, subset, split)
+        if not len(table):
+            raise DataError(f"{file.name} is empty: it has no row")
+        return table, table.folder
+    if file.compression is not None:
+        raise DataError(f'{file.name} is compressed and has no random access: unpack it, or use kind="iterable"')
+    copy = local_copy(file)
     try:
-        return datasets.Dataset.from_parquet(str(path))
-    except Exception as error:  # whatever a damaged column chunk makes of it
-        raise DataError(f"{path} cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+        indexed = _index_format(copy)
+    except OSError as error:
+        raise DataError(f"{file.name} cannot be read: {error.strerror or first_line(error)}") from error
+    if not len(indexed):
+        raise DataError(f"{file.name} is empty: it has no row")
+    return indexed, file.folder
 
 
-def _row(values: Any, place: str, path: Path) -> Row:
-    if not isinstance(values, dict):
-        raise DataError(f"{place}: a row must be an object with named columns, not a {type(values).__name__}")
-    return Row(values, place, path.parent)
+def _index_format(file: DataFile) -> RowFile:
+    if file.suffix == ".parquet":
+        return ParquetIndex(file)
+    if file.suffix == ".arrow":
+        return ArrowIndex(file)
+    if file.suffix in DELIMITERS:
+        return RecordIndex(file)
+    if file.suffix == ".tar":
+        return TarIndex(file)
+    if file.suffix == ".json" and is_array(file):
+        return ArrayIndex(file)
+    return LineIndex(file, parse_text_line if file.suffix == ".txt" else parse_json_line)
 
 
-def _starts_an_array(path: Path) -> bool:
-    """Whether a .json file is an array; a line of JSON lines that is one is an error that JsonLines reports."""
-    with path.open("rb") as file:
-        return path.suffix == ".json" and file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+def _stream_source(
+    files: Sequence[DataFile | HubDataset], subset: str | None, split: str, **given: Any
+) -> StreamSource:
+    streams: list[StreamFile] = []
+    names: list[str] = []
+    folders: list[Path | None] = []
+    sizes: list[int | None] = []
+    for file in files:
+        if isinstance(file, HubDataset):
+            shards = hub_shards(file.name, subset, split)
+            streams += shards
+            names += [file.name] * len(shards)
+            folders += [shard.folder for shard in shards]
+            sizes += [None] * len(shards)
+        else:
+            streams.append(_stream_format(file))
+            names.append(file.name)
+            folders.append(file.folder)
+            sizes.append(file.size)
+    return StreamSource(streams, names=names, folders=folders, sizes=sizes, **given)
 
 
-def _index_lines(path: Path) -> tuple[Array, Array, Array]:
-    """Where the lines that are not blank begin and end (bytes), and their numbers from 1; int64."""
-    size = path.stat().st_size
-    if size == 0:
-        return (np.zeros(0, np.int64),) * 3
-    data = np.memmap(path, np.uint8, mode="r")
-    # chunk by chunk, as the comparison makes an array as large as what it is given
-    breaks = np.concatenate([np.flatnonzero(data[at : at + _CHUNK] == ord("\n")) + at for at in range(0, size, _CHUNK)])
-    begins = np.concatenate([np.zeros(1, np.int64), breaks + 1])
-    ends = np.concatenate([breaks, np.array([size], np.int64)])
-    keep = ends > begins
-    for i in np.flatnonzero(keep)[np.isin(data[begins[keep]], np.frombuffer(b" \t\r", np.uint8))]:
-        keep[i] = bool(data[begins[i] : ends[i]].tobytes().strip())
-    return begins[keep], ends[keep], np.flatnonzero(keep) + 1
+def _stream_format(file: DataFile) -> StreamFile:
+    if file.suffix == ".parquet":
+        return ParquetStream(file)
+    if file.suffix == ".arrow":
+        return ArrowStream(file)
+    if file.suffix in DELIMITERS:
+        return RecordStream(file)
+    if file.suffix == ".tar":
+        return TarStream(file)
+    try:
+        if file.suffix == ".json" and is_array(file):
+            return ArrayStream(file)
+    except OSError as error:
+        raise DataError(f"{file.name} cannot be read: {error.strerror or first_line(error)}") from error
+    return LineStream(file, parse_text_line if file.suffix == ".txt" else parse_json_line)

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader as TorchDataLoader
 
+from .agreement import Votes, exchange_rows, first_value, gather_outlooks, gather_values, sum_votes
+from .balance import Outlook, Target, step_target
 from .collators import Batch, PackingCollator, PaddingCollator, Sample
+from .counts import Counts, total_counts
+from .encoding import Encoder
 from .errors import DataError
-from .shards import Example, Item, ShardState, VirtualShard, count_rows, epoch_order, fresh_state
+from .feeding import Feeder
+from .ledger import LedgerWriter, packed_key
+from .lengths import POLICIES, TooLong
+from .shards import Paused, Plan, Row, RowRules, ShardState, VirtualShard, example_key, fresh_state
+from .skips import skips_sentence, too_many, write_skips
+from .source import Source, sources_of
 
-_WORKER_CHUNK = 8  # examples that a worker encodes before it sends them: one message each would cost more than packing
+_PAUSE = 100  # broken examples after which a rank asks the others whether to go on, before it has made its rows
 
 Collate = Callable[[list[Sample]], Batch]
+Counted = Literal["tokens", "targets"]
 
 
 def build_dataloader(
-    dataset: Sequence[Any],
+    dataset: Any,
     *,
     dp_rank: int,
     dp_size: int,
@@ -37,6 +47,18 @@ def build_dataloader(
     seed: int = 0,
     drop_last: bool = True,
     group: Any = None,
+    too_long: TooLong = "drop",
+    max_skipped: float = 0.01,
+    skipped_path: str | Path | None = None,
+    ledger: str | Path | None = None,
+    description: Mapping[str, Any] | None = None,
+    budget: Callable[[int], int] | None = None,
+    count: Counted = "tokens",
+    max_row_tokens: int | None = None,
+    cost: Callable[[Sample], float] | None = None,
+    pin_memory: bool = False,
+    worker_init: Callable[[int], None] | None = None,
+    worker_timeout: float | None = None,
 ) -> DataLoader:
     """A loader whose steps do not depend on the number of ranks, workers or micro-batches.
 
@@ -45,21 +67,41 @@ def build_dataloader(
     rank has a block of them, and `micro_batch_size` rows make a micro-batch.
 
     Args:
-        dataset: `dataset[i]` is a sample `{"input_ids", "labels", ...}` (lists or 1-D tensors) or a list of samples.
+        dataset: what `build_dataset` gives; a sequence of which `dataset[i]` is a sample `{"input_ids", "labels", ...}`
+            (lists or 1-D tensors) or a list of samples; or an iterable of these, which every rank walks through, also
+            up to where it was when it is resumed (see `IterableSource`).
         dp_rank, dp_size: place among the data-parallel ranks; sequence-parallel ranks of one row share it.
         buffer_size: samples of each row's part that packing chooses from.
-        num_workers, prefetch_factor: processes that do nothing but `dataset[i]`, and how many lots of 8 each is ahead.
+        num_workers: processes that do nothing but make samples; a sample must be a function of its row.
+        prefetch_factor: lots of 8 examples that each worker is ahead, or all are by a step if that is more.
         collate: makes a batch of the samples of a micro-batch, of none too (a rank that has run dry); None is
             PackingCollator if packing, else PaddingCollator.
         seed: of the order, with the epoch.
         drop_last: end the epoch at the first step for which a row is missing; else no sample is left out, and rows that
             are missing are missing from the batches.
         group: a process group over the data-parallel ranks, by which they agree at every step that it is not the last
-            and that no rank has met a DataError (which is then raised on all). Needed with more than one rank unless
-            `dataset` is a list of samples, of which each rank can count the steps.
+            and that each can go on (else all raise the same DataError). Needed with more than one rank unless `dataset`
+            is a list of samples, of which each rank can count the steps.
+        too_long: what becomes of a sample of more than `max_seq_len` tokens, see `fit_sample`; `counts()` has how many.
+        max_skipped: broken samples (what raises a DataError) are skipped, until they are more than this share of what
+            was seen on all ranks (of at least 1,000 examples, or of an epoch if that has fewer). 0 = the first stops.
+        skipped_path: a file to which each rank appends a line of JSON for every broken sample.
+        ledger: a folder in which is written down which sample went where, for `audit` and `replay`.
+        description: of the data, plain values that are kept in the ledger, for those who read it.
+        budget: tokens of a row at a step of the run (from 0), for a warm-up; never more than `max_seq_len`. A row
+            begins with the oldest sample even if that is longer.
+        count: whether a row holds `max_seq_len` (or the budget) "tokens", or so many "targets", tokens that are learnt.
+        max_row_tokens: the most tokens of a row when targets are counted, which bounds the memory of a step; None is
+            1.5 x `max_seq_len`.
+        cost: the work of a sample in any unit. The rows of a step are then made to cost the same, as far as that can
+            be, and dealt to the ranks so that each has as many as before and about the same work; what a step is made
+            of does not depend on the number of ranks either.
+        pin_memory: copy batches to page-locked memory, where there is an accelerator.
+        worker_init: called in each worker process with its number.
+        worker_timeout: seconds after which a worker that has not answered is given up.
 
     Raises:
-        DataError: sizes that do not divide, too few samples for one step, or a missing group.
+        DataError: sizes that do not divide, too few samples for one step, a missing group, an option without effect.
     """
     if not 0 <= dp_rank < dp_size:
         raise DataError(f"dp_rank={dp_rank} is not one of dp_size={dp_size} ranks")
@@ -68,33 +110,66 @@ def build_dataloader(
             f"global_batch_size={global_batch_size} is not a multiple of dp_size * micro_batch_size = "
             f"{dp_size} * {micro_batch_size} = {dp_size * micro_batch_size}"
         )
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DataError(f"the dataset, a {type(dataset).__name__}, must have a length and random access")
-    if len(dataset) < (global_batch_size if drop_last else 1):
+    if too_long not in POLICIES:
+        raise DataError(f'too_long="{too_long}" is not one of {", ".join(POLICIES)}')
+    if count not in get_args(Counted):
+        raise DataError(f'count="{count}" is not one of {", ".join(get_args(Counted))}')
+    if not 0 <= max_skipped <= 1:
+        raise DataError(f"max_skipped={max_skipped} is not a share from 0 to 1")
+    if not packing and (budget is not None or count == "targets"):
+        raise DataError("without packing a row is one sample: budget and count say how many are packed into one")
+    if max_row_tokens is not None and (count == "tokens" or max_row_tokens < max_seq_len):
         raise DataError(
-            f"the dataset has {len(dataset)} samples, too few for a step of global_batch_size={global_batch_size}"
-            + (" (drop_last=False makes an incomplete one)" if len(dataset) else "")
+            f'max_row_tokens={max_row_tokens} is at least max_seq_len={max_seq_len}, and for count="targets"'
         )
+    if description is not None and ledger is None:
+        raise DataError("a description is kept in the ledger: give its folder too")
     if group is not None and dist.get_world_size(group) != dp_size:
         raise DataError(f"group has {dist.get_world_size(group)} ranks but dp_size={dp_size}")
-    if dp_size > 1 and group is None and not _is_list_of_samples(dataset):
-        raise DataError(
-            f"dp_size={dp_size} ranks cannot know when the others run out of samples: give `group`, a process group "
-            f"over the data-parallel ranks"
-        )
+    sources, mixture = sources_of(dataset)
+    _check_rows(sources, mixture, global_batch_size, drop_last)
+    if dp_size > 1 and group is None:
+        if not _is_list_of_samples(dataset):
+            raise DataError(
+                f"dp_size={dp_size} ranks cannot know when the others run out of samples: give `group`, a process "
+                f"group over the data-parallel ranks"
+            )
+        if cost is not None:
+            raise DataError("ranks deal their rows by cost through `group`, a process group over them: give it")
+    if count == "targets":
+        max_row_tokens = max_row_tokens or max_seq_len * 3 // 2
+    if collate is None:
+        collate = PackingCollator() if packing else PaddingCollator()
+    collated = isinstance(collate, (PackingCollator, PaddingCollator)) or count == "targets"
     return DataLoader(
         dataset,
-        shards=range(dp_rank * global_batch_size // dp_size, (dp_rank + 1) * global_batch_size // dp_size),
+        plan=Plan(
+            sources,
+            mixture,
+            global_batch_size,
+            seed,
+            epoch=0,
+            first_step=0,
+            rules=RowRules(max_seq_len, buffer_size if packing else None, budget, max_row_tokens, cost),
+        ),
+        encoder=Encoder(sources, ("input_ids", "labels") if collated else ("input_ids",), max_seq_len, too_long),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
         micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        max_seq_len=max_seq_len,
-        buffer_size=buffer_size if packing else None,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor,
-        collate=collate or (PackingCollator() if packing else PaddingCollator()),
-        seed=seed,
+        workers={
+            "num_workers": num_workers,
+            "prefetch_factor": prefetch_factor,
+            "worker_init": worker_init,
+            "timeout": worker_timeout,
+        },
+        collate=collate,
         drop_last=drop_last,
         group=group,
+        max_skipped=max_skipped,
+        skipped_path=None if skipped_path is None else Path(skipped_path),
+        ledger=None if ledger is None else Path(ledger),
+        description=description,
+        pin_memory=pin_memory,
     )
 
 
@@ -107,118 +182,130 @@ class DataLoader:
 
     def __init__(
         self,
-        dataset: Sequence[Any],
+        dataset: Any,
         *,
-        shards: range,
+        plan: Plan,
+        encoder: Encoder,
+        dp_rank: int,
+        dp_size: int,
         micro_batch_size: int,
-        global_batch_size: int,
-        max_seq_len: int,
-        buffer_size: int | None,
-        num_workers: int,
-        prefetch_factor: int,
+        workers: dict[str, Any],
         collate: Collate,
-        seed: int,
         drop_last: bool,
         group: Any,
+        max_skipped: float,
+        skipped_path: Path | None,
+        ledger: Path | None,
+        description: Mapping[str, Any] | None,
+        pin_memory: bool,
     ) -> None:
         self.dataset = dataset
-        self.global_batch_size = global_batch_size
-        self._numbers = shards
+        self.global_batch_size = plan.shards
+        self._plan = plan
+        self._encoder = encoder
+        self._numbers = range(dp_rank * plan.shards // dp_size, (dp_rank + 1) * plan.shards // dp_size)
+        self._alone = dp_size == 1
         self._micro_batch_size = micro_batch_size
-        self._max_seq_len = max_seq_len
-        self._buffer_size = buffer_size
         self._collate = collate
-        self._seed = seed
         self._drop_last = drop_last
         self._group = group
+        self._max_skipped = max_skipped
+        self._skipped_path = skipped_path
+        self._pin = pin_memory and torch.accelerator.is_available()
+        self._rows = None if any(s.rows is None for s in plan.sources) else sum(s.rows or 0 for s in plan.sources)
+        self._feeder = Feeder(encoder, seed=plan.seed, **workers)
         self._epoch = 0  # of the iteration that is under way, or of the next
         self._step = 0  # steps of it that are made
+        self._before = 0  # steps of the run before it
         self._start: list[ShardState] | None = None  # of all shards, where that iteration begins; None: at the first
         self._start_step = 0
         self._steps: int | None = None  # of the epoch, once counted
         self._shards: list[VirtualShard] | None = None  # of the iteration that is under way
-        self._requests = _Requests(_WORKER_CHUNK if num_workers else 1)
-        self._stream = TorchDataLoader(
-            _Examples(dataset, on_wire=num_workers > 0),
-            sampler=self._requests,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            persistent_workers=num_workers > 0,
-            generator=torch.Generator().manual_seed(seed),  # the seed of workers is not drawn from the global generator
-        )
+        self._counts = {number: Counts() for number in self._numbers}  # while none is
+        self._failed = False  # in the midst of a step
+        self._out: list[list[Any]] = []  # what was skipped or dropped since the last line of the ledger
+        self._last_fault: str | None = None
+        self._ledger: LedgerWriter | None = None
+        if ledger is not None:
+            self._ledger = LedgerWriter(
+                ledger,
+                manifest=self._manifest(description),
+                settings={
+                    "micro_batch_size": micro_batch_size,
+                    "max_seq_len": plan.rules.max_seq_len,
+                    "packing": plan.rules.buffer_size is not None,
+                    "buffer_size": plan.rules.buffer_size,
+                    "too_long": encoder.too_long,
+                    "cost": plan.rules.cost is not None,
+                    "drop_last": drop_last,
+                },
+                rank=dp_rank,
+                ranks=dp_size,
+            )
 
     def __iter__(self) -> Iterator[list[Batch]]:
         if self._shards is not None:  # an iteration was left before its end
             self.set_epoch(self._epoch + 1)
         shards = self._shards = self._begin()
-        self._requests.shards, self._requests.wanted = shards, None
-        arrivals = (_from_wire(arrived) for chunk in self._stream for arrived in chunk)
-        self._refill(shards, arrivals)
-
-        def wait() -> None:
-            number, example = next(arrivals)
-            shards[number - self._numbers.start].arrive(example)
-
+        self._feeder.begin(shards)
         while True:
             if self._shards is not shards:
                 raise RuntimeError("this iteration is over: the loader was iterated or set anew since it began")
-            rows: list[list[Item] | None] = []
-            error: str | None = None  # not the exception: with its traceback it would keep this frame and the workers
-            try:
-                for shard in shards:
-                    self._requests.wanted = shard
-                    rows.append(shard.next_row(wait))
-            except DataError as broken:
-                error = str(broken)
-            if not self._goes_on(rows, error):
+            self._failed = True
+            rows = self._next_rows(shards)
+            if rows is None:
                 break
             self._step += 1
-            yield [
-                self._collate([item.sample for row in rows[i : i + self._micro_batch_size] for item in row or ()])
-                for i in range(0, len(rows), self._micro_batch_size)
-            ]
+            batches = [self._batch(rows[i : i + self._micro_batch_size]) for i in self._starts()]
+            self._note([[shard, [packed_key(item.key) for item in row or ()]] for shard, row in rows])
+            self._feeder.end_step(sum(len(row or ()) for _, row in rows))
+            self._failed = False
+            try:
+                yield batches
+            finally:  # also if the iteration is left here
+                if self._shards is shards and self._ledger is not None:
+                    self._ledger.commit()
+        if self._step == 0:
+            raise DataError(self._nothing(shards))
+        self._note(None)
+        self._failed = False
         self.set_epoch(self._epoch + 1)
 
     def __len__(self) -> int:
         if not _is_list_of_samples(self.dataset):
             raise TypeError("the number of steps is not known before the samples are encoded")
         if self._steps is None:
-            lengths = [len(sample["input_ids"]) for sample in self.dataset]
-            order = epoch_order(len(lengths), self._seed, self._epoch)
-            size = self.global_batch_size
-            starts = self._start or [fresh_state(number) for number in range(size)]
-            rows = [
-                count_rows(lengths, order[state["shard"] :: size], state, self._max_seq_len, self._buffer_size)
-                for state in starts
-            ]
-            self._steps = self._start_step + (min(rows) if self._drop_last else max(rows))
+            self._steps = self._start_step + self._count_steps()
         return self._steps
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch, from its beginning, unless a loaded state goes on within it."""
         if self._shards is None and epoch == self._epoch:
             return
+        self._counts = self._own_counts()
+        self._before += self._step
         self._epoch, self._step, self._start_step = epoch, 0, 0
         self._start = self._steps = self._shards = None
+        self._failed, self._out = False, []
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this rank stands after the last step that it was given: a few plain values, JSON-able."""
+        """Where this rank stands after the last step that it was given: a few plain values, JSON-able.
+
+        Raises:
+            DataError: the loader has failed in the midst of a step.
+        """
+        if self._failed:
+            raise DataError("the loader has failed in the midst of a step: go on from the state after an earlier one")
+        if self._ledger is not None:
+            self._ledger.commit()
         if self._shards is not None:
             shards = [shard.state_dict() for shard in self._shards]
         elif self._start is not None:
             shards = [self._start[number] for number in self._numbers]
         else:
-            shards = [fresh_state(number) for number in self._numbers]
-        return {
-            "epoch": self._epoch,
-            "step": self._step,
-            "seed": self._seed,
-            "global_batch_size": self.global_batch_size,
-            "samples": len(self.dataset),
-            "shards": shards,
-        }
+            shards = [fresh_state(number, self._counts[number]) for number in self._numbers]
+        where = {"epoch": self._epoch, "step": self._step, "steps_before": self._before}
+        return where | self._identity() | {"shards": shards}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on where the ranks stood that saved these states, however many they were.
@@ -228,13 +315,12 @@ class DataLoader:
 
         Raises:
             DataError: a state is missing or twice there, they are not of one step, or they were saved for another
-                `global_batch_size`, `seed` or number of samples.
+                `global_batch_size`, `seed`, number of samples, other sources, or with packing and without.
         """
         if isinstance(states, Mapping) or not states:
             raise DataError("load_state_dict needs the list of the states of all ranks that saved")
-        ours = {"seed": self._seed, "global_batch_size": self.global_batch_size, "samples": len(self.dataset)}
         for state in states:
-            for key, value in ours.items():
+            for key, value in self._identity().items():
                 if state[key] != value:
                     raise DataError(f"the loader was saved with {key}={state[key]} but is loaded with {key}={value}")
             for key in ("epoch", "step"):
@@ -246,144 +332,262 @@ class DataLoader:
                 f"the {len(states)} states hold {len(shards)} rows' parts of the epoch, not each of the "
                 f"{self.global_batch_size} once: give the states of all ranks that saved"
             )
-        self._epoch = states[0]["epoch"]
+        if self._ledger is not None:
+            self._ledger.close()
+        self._epoch, self._before = states[0]["epoch"], states[0]["steps_before"]
         self._step = self._start_step = states[0]["step"]
         self._start, self._steps, self._shards = shards, None, None
+        self._failed, self._out = False, []
+
+    def counts(self) -> dict[str, Any]:
+        """What became of the examples of this rank's parts of the data since the run began, resumed runs included.
+
+        Returns:
+            `seen` (examples), `samples` and `tokens` of each source in the rows that were given, `skipped` examples of
+            each source by reason, and `dropped`, `truncated` and `split` ones that were too long. The sum over the
+            ranks is that of the run.
+        """
+        return total_counts(self._own_counts().values(), [source.name for source in self._plan.sources])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must have in common with the loader that goes on from it."""
+        return {
+            "seed": self._plan.seed,
+            "global_batch_size": self.global_batch_size,
+            "samples": self._rows,
+            "sources": [source.name for source in self._plan.sources],
+            "packing": self._plan.rules.buffer_size is not None,
+        }
+
+    def _manifest(self, description: Mapping[str, Any] | None) -> dict[str, Any]:
+        plan = self._plan
+        sources = [
+            {"name": s.name, "rows": s.rows, "order_number": getattr(s, "order_number", None)} for s in plan.sources
+        ]
+        return {
+            "global_batch_size": plan.shards,
+            "seed": plan.seed,
+            "sources": sources,
+            "stopping": None if plan.mixture is None else plan.mixture.stopping,
+            "description": None if description is None else dict(description),
+        }
+
+    def _own_counts(self) -> dict[int, Counts]:
+        if self._shards is not None:
+            return {shard.number: shard.counts for shard in self._shards}
+        if self._start is not None:
+            return {number: Counts.from_state(self._start[number]["counts"]) for number in self._numbers}
+        return self._counts
 
     def _begin(self) -> list[VirtualShard]:
-        if self._group is None and len(self._numbers) < self.global_batch_size:
+        if self._group is None and not self._alone:
             len(self)  # counted from where the iteration begins
-        order = epoch_order(len(self.dataset), self._seed, self._epoch)
-        starts = self._start or [fresh_state(number) for number in range(self.global_batch_size)]
-        size = self.global_batch_size
-        return [
-            VirtualShard(order[number::size].copy(), starts[number], self._max_seq_len, self._buffer_size)
-            for number in self._numbers
-        ]
+        if self._ledger is not None and not self._ledger.begun:
+            self._begin_ledger(self._ledger)
+        return self._open_shards(self._numbers)
 
-    def _refill(self, shards: list[VirtualShard], arrivals: Iterator[tuple[int, Example]]) -> None:
-        """Encode again what the shards held back when their state was saved: `_Requests` asks for it first."""
-        for shard in shards:
-            shard.refill([next(arrivals)[1] for _ in shard.held_indices()])
+    def _open_shards(self, numbers: Iterable[int]) -> list[VirtualShard]:
+        plan = self._plan._replace(epoch=self._epoch, first_step=self._before)
+        if self._start is not None:
+            return [VirtualShard(plan, self._start[number]) for number in numbers]
+        return [VirtualShard(plan, fresh_state(number, self._counts.get(number))) for number in numbers]
 
-    def _goes_on(self, rows: list[list[Item] | None], error: str | None) -> bool:
-        """Whether all ranks make this step; raises the DataError of whichever rank has met one."""
-        there = error is None and (all(rows) if self._drop_last else any(rows))
-        if self._group is not None:
-            there = _agree(there, error, self._drop_last, self._group)
-        elif error is not None:
-            raise DataError(error)
-        elif len(self._numbers) < self.global_batch_size:
+    def _begin_ledger(self, ledger: LedgerWriter) -> None:
+        first = self._before + self._step + 1
+        answer: Any = None
+        if self._group is None or dist.get_rank(self._group) == 0:
+            try:
+                answer = ledger.prepare(first)
+            except (DataError, OSError) as error:
+                answer = str(error)
+        answer = first_value(answer, self._group)
+        if isinstance(answer, str):
+            raise DataError(answer)
+        ledger.begin(answer, first)
+
+    def _next_rows(self, shards: list[VirtualShard]) -> list[tuple[int, Row | None]] | None:
+        """The rows of this rank for the next step, with the shards they are of; None if there is no next step."""
+        rows: list[Row | None] = []
+        error = self._refill(shards)
+        target = None if self._plan.rules.cost is None else self._target(shards, error)
+        while True:
+            paused = False
+            try:
+                while error is None and len(rows) < len(shards):
+                    shard = shards[len(rows)]
+                    row = shard.next_row(partial(self._feeder.wait, shard), target, partial(self._pauses, shards))
+                    if isinstance(row, Paused):
+                        paused = True
+                        break
+                    rows.append(row)
+                self._take_faults(shards)
+            except Exception as raised:
+                error = raised
+            votes = self._vote(shards, rows, error, paused)
+            if not votes.paused:
+                break
+        if self._group is None and not self._alone:
             there = self._step < len(self)
-        return there
+        else:
+            there = votes.rows == self.global_batch_size if self._drop_last else votes.rows > 0
+        if not there:
+            return None
+        for shard, row in zip(shards, rows, strict=True):
+            for item in row or ():
+                shard.counts.give(item.source, item.tokens)
+        if self._group is not None and not self._alone and self._plan.rules.cost is not None:
+            return exchange_rows(rows, self._numbers.start, self._group)
+        return list(zip(self._numbers, rows, strict=True))
 
-
-class _Requests:
-    """What the workers are to encode, in order: decided as late as they ask, so that the neediest shard is fed first.
-
-    Which shard that is has no influence on the batches: each has its own fixed order.
-    """
-
-    def __init__(self, chunk: int) -> None:
-        self.shards: list[VirtualShard] = []
-        self.wanted: VirtualShard | None = None  # its row is being waited for
-        self._chunk = chunk
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        requests = self._requests()
-        while chunk := list(islice(requests, self._chunk)):
-            yield chunk
-
-    def _requests(self) -> Iterator[tuple[int, int]]:
-        for shard in self.shards:
-            for index in shard.held_indices():
-                yield shard.number, index
-        open_shards = [shard for shard in self.shards if not shard.exhausted]
-        while open_shards:
-            wanted = self.wanted
-            starving = wanted is not None and not wanted.exhausted and wanted.asked == wanted.cursor
-            shard = wanted if wanted is not None and starving else min(open_shards, key=_ahead)
-            yield shard.number, shard.ask()
-            if shard.exhausted:
-                open_shards.remove(shard)
-
-
-def _ahead(shard: VirtualShard) -> int:
-    return shard.ahead
-
-
-class _Examples:
-    """`dataset[index]` as a list of samples or the DataError that it raised, for each shard that asked."""
-
-    def __init__(self, dataset: Sequence[Any], on_wire: bool) -> None:
-        self._dataset = dataset
-        self._on_wire = on_wire
-
-    def __getitem__(self, requests: list[tuple[int, int]]) -> list[tuple[int, Example]]:
-        return [(number, self._encode(index)) for number, index in requests]
-
-    def _encode(self, index: int) -> Example:
+    def _refill(self, shards: list[VirtualShard]) -> Exception | None:
+        """Encode again what the shards held back when their state was saved; what went wrong with it."""
         try:
-            # an exception that leaves a worker arrives as one of many lines, a value as it is
-            samples = _as_samples(self._dataset[index], index)
-        except DataError as error:
-            return Example(index, [], str(error))
-        return Example(index, [_to_wire(s) for s in samples] if self._on_wire else samples)
+            for shard in shards:
+                while shard.to_refill:
+                    self._feeder.wait(shard)
+        except Exception as error:
+            return error
+        return None
+
+    def _target(self, shards: list[VirtualShard], error: Exception | None) -> Target:
+        outlooks = [Outlook(0.0, 0.0) if error else shard.outlook() for shard in shards]
+        return step_target(gather_outlooks(outlooks, self._group))
+
+    def _pauses(self, shards: list[VirtualShard]) -> bool:
+        return sum(len(shard.faults) for shard in shards) >= (_PAUSE if self._max_skipped else 1)
+
+    def _take_faults(self, shards: list[VirtualShard]) -> None:
+        """Write down what was skipped and dropped since the last time."""
+        faults = [fault for shard in shards for fault in shard.faults]
+        for shard in shards:
+            for fault in (*shard.faults, *shard.left_out):
+                self._out.append([shard.number, fault.reason, example_key(fault.source, fault.passes, fault.ref)])
+            shard.faults, shard.left_out = [], []
+        if faults:
+            self._last_fault = faults[-1].message
+        if self._skipped_path is not None:
+            path, sources = self._skipped_path, self._plan.sources
+            write_skips(path, faults, sources, epoch=self._epoch, step=self._before + self._step + 1)
+
+    def _vote(self, shards: list[VirtualShard], rows: list[Row | None], error: Exception | None, paused: bool) -> Votes:
+        """How all ranks stand; raises on all of them if one cannot go on or too much is broken."""
+        skipped, seen = sum(shard.counts.skips for shard in shards), sum(shard.counts.seen for shard in shards)
+        there = sum(row is not None for row in rows)
+        votes = sum_votes(Votes(there, error is not None, paused, skipped, seen), self._group)
+        if votes.errors:
+            text = None if error is None else str(error) or type(error).__name__
+            if error is not None and not isinstance(error, DataError):
+                text = " ".join([f"{type(error).__name__}: {error}", *_first_note(error)])
+            texts = gather_values(text, self._group)
+            if error is not None and not isinstance(error, DataError):
+                raise error
+            # not the exception itself: with its traceback it would keep this frame and the workers
+            raise DataError(next(t for t in texts if t is not None))
+        judged = self._group is not None or self._alone
+        if judged and too_many(votes.skipped, votes.seen, self._max_skipped, self._rows):
+            raise DataError(self._too_many(shards, votes.seen))
+        return votes
+
+    def _too_many(self, shards: list[VirtualShard], seen: int) -> str:
+        own: Counter[str] = Counter()
+        for shard in shards:
+            for reasons in shard.counts.skipped.values():
+                own.update(reasons)
+        every = gather_values((dict(own), self._last_fault), self._group)
+        last = next((fault for _, fault in every if fault is not None), None)
+        if self._max_skipped == 0 and last is not None:
+            return str(last)
+        reasons = sum((Counter(counted) for counted, _ in every), Counter())
+        return skips_sentence(reasons, seen, self._max_skipped, last, self._skipped_path)
+
+    def _nothing(self, shards: list[VirtualShard]) -> str:
+        """Why an epoch is without a step."""
+        own = total_counts([shard.counts for shard in shards], [source.name for source in self._plan.sources])
+        every = gather_values(own, self._group)
+        seen, dropped = (sum(counts[key] for counts in every) for key in ("seen", "dropped"))
+        skipped = sum(sum(reasons.values()) for counts in every for reasons in counts["skipped"].values())
+        rows = f"a step of global_batch_size={self.global_batch_size} rows" if self._drop_last else "a step"
+        limit = self._plan.rules.max_seq_len
+        return (
+            f"epoch {self._epoch} has too little for {rows}: since the run began {seen:,} examples were seen, of which "
+            f"{skipped:,} are broken and {dropped:,} were dropped as longer than max_seq_len={limit}"
+        )
+
+    def _starts(self) -> range:
+        return range(0, len(self._numbers), self._micro_batch_size)
+
+    def _batch(self, rows: Sequence[tuple[int, Row | None]]) -> Batch:
+        batch = self._collate([item.sample for _, row in rows for item in row or ()])
+        if not self._pin:
+            return batch
+        return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _note(self, rows: list[Any] | None) -> None:
+        """Note the step that is made in the ledger, or that the epoch has ended after it."""
+        out, self._out = self._out, []
+        if self._ledger is None:
+            return
+        line: dict[str, Any] = {"run": self._before + self._step, "epoch": self._epoch, "step": self._step}
+        if out:
+            line["out"] = [[shard, reason, packed_key(key)] for shard, reason, key in out]
+        self._ledger.hold(line | ({"end": True} if rows is None else {"rows": rows}))
+        if rows is None:
+            self._ledger.commit()
+
+    def _count_steps(self) -> int:
+        """Steps of the epoch from where it begins on, by making all rows of all ranks without their batches."""
+        shards = self._open_shards(range(self.global_batch_size))
+        feeder = Feeder(self._encoder, num_workers=0, prefetch_factor=0, worker_init=None, timeout=None, seed=0)
+        feeder.begin(shards)
+        for shard in shards:
+            while shard.to_refill:
+                feeder.wait(shard)
+        steps = 0
+        while True:
+            target = None
+            if self._plan.rules.cost is not None:
+                target = step_target([shard.outlook() for shard in shards])
+            rows = [shard.next_row(partial(feeder.wait, shard), target) for shard in shards]
+            if any(row is None for row in rows) if self._drop_last else all(row is None for row in rows):
+                break
+            steps += 1
+        if self._group is None and not self._alone:
+            skipped, seen = sum(shard.counts.skips for shard in shards), sum(shard.counts.seen for shard in shards)
+            if too_many(skipped, seen, self._max_skipped, self._rows):
+                self._last_fault = next(fault.message for shard in shards for fault in shard.faults)
+                raise DataError(self._too_many(shards, seen))
+        return steps
 
 
-def _as_samples(given: Any, index: int) -> list[Sample]:
-    samples = given if isinstance(given, list) else [given]
-    for sample in samples:
-        if not isinstance(sample, Mapping) or "input_ids" not in sample:
-            what = sorted(sample) if isinstance(sample, Mapping) else type(sample).__name__
-            raise DataError(f'sample {index} of the dataset has no "input_ids" ({what}): its transform must make them')
-    return samples
-
-
-class _Wire(tuple[Any, ...]):
-    """A tensor as (bytes, dtype, shape): sent as a tensor, each one that is held back would keep a file open."""
-
-
-def _to_wire(sample: Sample) -> Sample:
-    return {
-        key: _Wire((value.contiguous().reshape(-1).view(torch.uint8).numpy(), value.dtype, tuple(value.shape)))
-        if isinstance(value, Tensor)
-        else value
-        for key, value in sample.items()
-    }
-
-
-def _from_wire(arrived: tuple[int, Example]) -> tuple[int, Example]:
-    number, example = arrived
-    samples = [{key: _from_bytes(value) for key, value in sample.items()} for sample in example.samples]
-    return number, example._replace(samples=samples)
-
-
-def _from_bytes(value: Any) -> Any:
-    if not isinstance(value, _Wire):
-        return value
-    data, dtype, shape = value
-    return torch.from_numpy(np.require(data, requirements="W")).view(dtype).reshape(shape)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
+def _check_rows(sources: Sequence[Source], mixture: Any, shards: int, drop_last: bool) -> None:
+    """That there can be a step, where the numbers of rows are known."""
+    if all(source.rows is not None for source in sources):
+        rows = sum(source.rows or 0 for source in sources)
+        if rows < (shards if drop_last else 1):
+            raise DataError(
+                f"the dataset has {rows} samples, too few for a step of global_batch_size={shards}"
+                + (" (drop_last=False makes an incomplete one)" if rows else "")
+            )
+    if mixture is None or mixture.stopping != "first_exhausted" or not drop_last:
+        return
+    for source, drawn in zip(sources, mixture.weights(0), strict=True):
+        if drawn > 0 and source.rows is not None and source.rows < shards:
+            raise DataError(
+                f'the source "{source.name}" has {source.rows} samples, not one for each of the '
+                f"global_batch_size={shards} rows of a step, so that stopping: first_exhausted would end the epoch at "
+                f"once: let it be all_exhausted or forever"
+            )
 
 
 def _is_list_of_samples(dataset: Any) -> bool:
     """Whether lengths are known without encoding: there is no transform behind a list."""
-    return isinstance(dataset, (list, tuple)) and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]
+    return (
+        isinstance(dataset, (list, tuple))
+        and len(dataset) > 0
+        and isinstance(dataset[0], Mapping)
+        and "input_ids" in dataset[0]
+    )
 
 
-def _agree(there: bool, error: str | None, drop_last: bool, group: Any) -> bool:
-    """Whether every rank (`drop_last`) or any has rows; one small all-reduce. An error on a rank is raised on all."""
-    vote = 2 if error is not None else int(there != drop_last)  # 1 = a rank that decides: it has none, or it has some
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-    votes = torch.tensor(vote, device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
-    highest = int(votes)
-    if highest == 2:
-        errors: list[str | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(errors, error, group=group)
-        raise DataError(error or next(text for text in errors if text is not None))
-    return (highest == 1) != drop_last
+def _first_note(error: BaseException) -> list[str]:
+    return [f"({note.splitlines()[0]})" for note in getattr(error, "__notes__", ())[:1]]

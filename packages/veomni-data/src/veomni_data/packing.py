@@ -14,7 +14,7 @@ from .errors import DataError
 S = TypeVar("S")
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int, *, costs: Sequence[float] | None = None) -> list[list[int]]:
     """Best-fit decreasing over a whole list: every index of `lengths` in exactly one row.
 
     A row starts with the largest length left and takes the largest that still fits until none does.
@@ -22,13 +22,20 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Args:
         lengths: tokens of each sample, 1 to `capacity`.
         capacity: tokens of a row.
+        costs: the work of each sample in any unit, above 0, such as `attention_cost` gives. Then most rows cost the
+            same, and they come in the order of their cost, so that rows that are dealt to ranks in turn make steps of
+            equal work; there are at most 0.5 % more of them.
 
     Returns:
         The indices of each row; the lengths of a row sum to at most `capacity`.
 
     Raises:
-        DataError: a length is below 1 or above `capacity`.
+        DataError: a length is below 1 or above `capacity`, or there is not a cost above 0 for each.
     """
+    if costs is not None:
+        from .balance import pack_balanced  # which is built on this module
+
+        return pack_balanced(lengths, capacity, costs)
     array = np.asarray(lengths, dtype=np.int64)
     if array.size == 0:
         return []
@@ -77,20 +84,34 @@ class PackingBuffer(Generic[S]):
     A row is given once `buffer_size` samples are held and they fill it; until then more samples are taken in.
 
     Args:
-        capacity: tokens of a row.
+        capacity: what a row holds, in the unit of `length`: tokens, unless `length` counts something else.
         buffer_size: samples to choose from.
-        length: tokens of a sample.
+        length: what a sample takes of a row's capacity, 1 to `capacity`; tokens, or for example its targets.
+        tokens, max_tokens: a second limit for where `length` does not count tokens: the tokens of a sample, and the
+            most of them in a row.
     """
 
     # (length, arrival) as one integer keeps the sorted list a list of ints: bisect and insort stay in C
     _ARRIVALS = 1 << 48
 
-    def __init__(self, capacity: int, buffer_size: int, *, length: Callable[[S], int] = sample_length) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        buffer_size: int,
+        *,
+        length: Callable[[S], int] = sample_length,
+        tokens: Callable[[S], int] | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
         if capacity < 1 or buffer_size < 1:
             raise ValueError(f"capacity={capacity} and buffer_size={buffer_size} must be at least 1")
+        if (tokens is None) != (max_tokens is None):
+            raise ValueError("tokens and max_tokens are one limit: give both or neither")
         self.capacity = capacity
         self.buffer_size = buffer_size
+        self.max_tokens = max_tokens
         self._length = length
+        self._tokens = tokens
         self._clear()
 
     def _clear(self) -> None:
@@ -98,26 +119,34 @@ class PackingBuffer(Generic[S]):
         self._samples: dict[int, S] = {}  # by arrival
         self._arrivals: deque[int] = deque()  # oldest first; those that are gone from _samples are skipped
         self._next_arrival = 0
-        self._tokens = 0
+        self._held_length = 0
+        self._held_tokens = 0  # 0 without max_tokens
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def put(self, sample: S) -> list[S] | None:
+    def put(self, sample: S, capacity: int | None = None) -> list[S] | None:
         """Take in a sample; returns a finished row, oldest sample first, or None.
+
+        Args:
+            capacity: of this row, if it differs from that of the buffer (see `pop_row`).
 
         Raises:
             DataError: the sample has no token or more than a row holds.
         """
         self._hold(sample)
-        if len(self._samples) >= self.buffer_size and self._tokens >= self.capacity:
-            return self.pop_row()
-        return None
+        return self.pop_row(capacity) if self._is_ready(capacity) else None
 
-    def pop_row(self) -> list[S] | None:
-        """A row from what is held, however little that is; None if nothing is."""
+    def pop_row(self, capacity: int | None = None) -> list[S] | None:
+        """A row from what is held, however little that is; None if nothing is.
+
+        Args:
+            capacity: of this row, at most that of the buffer; the oldest sample begins the row even if it is longer.
+                `max_tokens` becomes less in the same ratio.
+        """
         if not self._samples:
             return None
+        capacity = self.capacity if capacity is None else capacity
         arrivals, keys, big = self._arrivals, self._keys, self._ARRIVALS
         arrival = arrivals.popleft()
         while arrival not in self._samples:
@@ -125,13 +154,16 @@ class PackingBuffer(Generic[S]):
         first = self._samples.pop(arrival)
         length = self._length(first)
         del keys[bisect_right(keys, length * big - arrival) - 1]
-        row, room = [first], self.capacity - length
-        while room and (at := bisect_right(keys, room * big)):
-            key = keys.pop(at - 1)
-            arrival = -key % big
-            row.append(self._samples.pop(arrival))
-            room -= (key + arrival) // big
-        self._tokens -= self.capacity - room
+        row, room = [first], capacity - length
+        if self.max_tokens is None:
+            while room > 0 and (at := bisect_right(keys, room * big)):
+                key = keys.pop(at - 1)
+                arrival = -key % big
+                row.append(self._samples.pop(arrival))
+                room -= (key + arrival) // big
+        else:
+            room = self._fill_within_tokens(row, room, self._token_limit(capacity))
+        self._held_length -= capacity - room
         return row
 
     def flush(self) -> list[list[S]]:
@@ -151,13 +183,53 @@ class PackingBuffer(Generic[S]):
         for sample in state["samples"]:
             self._hold(sample)
 
+    def _token_limit(self, capacity: int) -> int:
+        assert self.max_tokens is not None
+        return self.max_tokens * capacity // self.capacity
+
+    def _fill_within_tokens(self, row: list[S], room: int, limit: int) -> int:
+        """Fill up a row, of which the first sample is there, within both limits; returns the room that is left."""
+        assert self._tokens is not None
+        keys, big = self._keys, self._ARRIVALS
+        tokens = self._tokens(row[0])
+        at = bisect_right(keys, room * big) if room > 0 else 0
+        while at:
+            at -= 1
+            arrival = -keys[at] % big
+            taken = self._tokens(self._samples[arrival])
+            if tokens + taken <= limit:
+                room -= (keys[at] + arrival) // big
+                tokens += taken
+                row.append(self._samples.pop(arrival))
+                del keys[at]
+                at = bisect_right(keys, room * big, 0, at) if room else 0
+        self._held_tokens -= tokens
+        return room
+
+    def _is_ready(self, capacity: int | None) -> bool:
+        """Whether as much is held as is wanted to choose a row from."""
+        if len(self._samples) < self.buffer_size:
+            return False
+        capacity = self.capacity if capacity is None else capacity
+        if self._held_length >= capacity:
+            return True
+        return self.max_tokens is not None and self._held_tokens >= self._token_limit(capacity)
+
     def _hold(self, sample: S) -> None:
-        length = self._length(sample)
+        length, tokens = self._length(sample), 0
         if not 1 <= length <= self.capacity:
             raise DataError(f"a sample has {length} tokens: it must have 1 to {self.capacity} to fit a row")
-        arrival = self._next_arrival
+        if self._tokens is not None and self.max_tokens is not None:
+            tokens = self._tokens(sample)
+            if tokens > self.max_tokens:
+                raise DataError(f"a sample has {tokens} tokens: a row holds at most {self.max_tokens}")
+        self._file(sample, length, tokens, self._next_arrival)
+        self._samples[self._next_arrival] = sample
         self._next_arrival += 1
-        self._samples[arrival] = sample
+        self._held_length += length
+        self._held_tokens += tokens
+
+    def _file(self, sample: S, length: int, tokens: int, arrival: int) -> None:
+        """Note what is needed to choose this sample later."""
         self._arrivals.append(arrival)
         insort(self._keys, length * self._ARRIVALS - arrival)
-        self._tokens += length

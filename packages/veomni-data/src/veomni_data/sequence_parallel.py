@@ -20,9 +20,9 @@ def slice_for_sequence_parallel(batch: Batch, rank: int, size: int, *, pad_token
     T is padded to a multiple of `size`; the padding is a segment of its own at the end of `cu_seq_lens_q/k`, without
     a target. `cu_seq_lens_q/k` and `max_length_q/k` describe the whole row on every rank.
 
-    With text alone, each [1, T] tensor (and M-RoPE `position_ids` [3, 1, T]) becomes its `rank`-th slice of T / size.
-    With modality tensors (any other key, such as `pixel_values`) only `labels` and `shift_labels` are sliced:
-    `input_ids` and `position_ids` stay whole, because features are merged into the whole row before it is sliced.
+    With text alone, each [1, T] tensor (and M-RoPE `position_ids`, [4, 1, T] or [3, 1, T]) becomes its `rank`-th slice
+    of T / size. With modality tensors (any other key, such as `pixel_values`) only `labels` and `shift_labels` are
+    sliced: `input_ids` and `position_ids` stay whole, as features are merged into the whole row before it is sliced.
 
     Args:
         batch: what `PackingCollator` makes; it is not changed.
@@ -30,16 +30,17 @@ def slice_for_sequence_parallel(batch: Batch, rank: int, size: int, *, pad_token
         pad_token_id: what `input_ids` is padded with.
 
     Raises:
-        DataError: a padded batch [B, S], or a rank outside of the group.
+        DataError: a padded batch [B, S], a row without `cu_seq_lens_q/k`, or a rank outside of the group.
     """
     if not 0 <= rank < size:
         raise DataError(f"rank={rank} is not one of the {size} ranks of a sequence-parallel group")
     if size == 1:
         return batch
     if "attention_mask" in batch or "cu_seq_lens_q" not in batch:
+        kind = "padded batch" if "attention_mask" in batch else "batch without cu_seq_lens_q"
         raise DataError(
-            f"a padded batch of shape {list(batch['input_ids'].shape)} cannot be sliced over {size} sequence-parallel "
-            f"ranks: pack the samples into one row (PackingCollator)"
+            f"a {kind} of shape {list(batch['input_ids'].shape)} cannot be sliced over {size} sequence-parallel ranks: "
+            f"pack the samples into one row (PackingCollator)"
         )
     tokens = batch["input_ids"].shape[-1]
     padding = -tokens % size

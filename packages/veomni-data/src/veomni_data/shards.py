@@ -1,4 +1,4 @@
-"""The virtual shards of an epoch: fixed parts of its order, each of which gives one row a step.
+"""The virtual shards of an epoch: fixed parts of all sources, each of which gives one row a step.
 
 There are as many as rows in a step, whatever the number of ranks, workers and micro-batches, so that none of these
 changes which samples a step is made of, and a state saved by N ranks is that of any M.
@@ -7,161 +7,501 @@ changes which samples a step is made of, and a state saved by N ranks is that of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from .balance import BalancedBuffer, Outlook, Target
 from .collators import Sample
+from .counts import Counts
+from .encoding import Example, Request
 from .errors import DataError
-from .packing import PackingBuffer, sample_length
+from .lengths import count_targets
+from .multisource import Draws, Mixture, choose, pass_epoch
+from .packing import PackingBuffer
+from .source import Part, Ref, Source
 
-ShardState = dict[str, Any]  # {"shard", "cursor", "piece": int, "buffer": [[index, piece], ...]}
-Order = npt.NDArray[np.int64]
+ShardState = dict[str, Any]
+_FORESEEN = 256  # draws that are looked ahead for what to ask for
 
 
 class Item(NamedTuple):
     """A sample on its way into a row."""
 
-    position: int  # in the dataset
-    piece: int  # which of the samples that dataset[position] gives
+    source: int
+    passes: int  # of the source before this one, in the epoch
+    ref: Ref
+    piece: int  # which of the samples of its example
+    pieces: int
     sample: Sample
+    tokens: int
+    size: int  # what it takes of a row: tokens or targets
+    cost: float
+
+    @property
+    def key(self) -> list[Any]:
+        """Where it is from, without the zeros at the end: [ref, piece, pieces - 1, source, passes]."""
+        return _trimmed([self.ref, self.piece, self.pieces - 1, self.source, self.passes])
 
 
-class Example(NamedTuple):
-    """What dataset[position] gave: its samples, or the message of the DataError that it raised."""
-
-    position: int
-    samples: list[Sample]
-    error: str | None = None
+def example_key(source: int, passes: int, ref: Ref) -> list[Any]:
+    """The key of an example as a whole."""
+    return _trimmed([ref, 0, 0, source, passes])
 
 
-def epoch_order(samples: int, seed: int, epoch: int) -> Order:
-    """The dataset indices in the order of an epoch; shard s of V takes `order[s::V]`."""
-    return np.random.default_rng((seed, epoch)).permutation(samples)
+def item_place(key: Sequence[Any]) -> tuple[Ref, int, int, int, int]:
+    """The ref, piece, number of pieces, source and passes of a `key`."""
+    ref, piece, more, source, passes = [*key, 0, 0, 0, 0][:5]
+    return ref, piece, more + 1, source, passes
 
 
-def fresh_state(shard: int) -> ShardState:
-    """The state of a shard at the beginning of an epoch."""
-    return {"shard": shard, "cursor": 0, "piece": 0, "buffer": []}
+Row = list[Item]
+
+
+class Paused:
+    """What `next_row` gives when it stops to let the ranks agree on whether to go on."""
+
+
+PAUSED: Final = Paused()
+
+
+class Fault(NamedTuple):
+    """An example that was skipped, or that gave nothing."""
+
+    source: int
+    passes: int
+    ref: Ref
+    message: str
+    reason: str
+
+
+class Ask(NamedTuple):
+    """A request of a shard, and where what it gives belongs."""
+
+    shard: VirtualShard
+    request: Request
+    serial: int  # of the examples of its source in this shard; -1: it was held back
+    passes: int
+
+
+class RowRules(NamedTuple):
+    """How the samples of a shard become rows.
+
+    Attributes:
+        max_seq_len: the most tokens of a sample, and of a row unless targets are counted.
+        buffer_size: samples that packing chooses from; None = each row is one sample.
+        budget: what a row holds at a step; None = `max_seq_len`.
+        max_row_tokens: the most tokens of a row where its targets are counted, else None.
+        cost: the work of a sample, which the rows of a step are to have equal parts of.
+    """
+
+    max_seq_len: int
+    buffer_size: int | None
+    budget: Callable[[int], int] | None = None
+    max_row_tokens: int | None = None
+    cost: Callable[[Sample], float] | None = None
+
+    def buffer(self) -> PackingBuffer[Item] | None:
+        """An empty buffer of a shard."""
+        if self.buffer_size is None:
+            return None
+        limits: dict[str, Any] = {"length": _item_size}
+        if self.max_row_tokens is not None:
+            limits |= {"tokens": _item_tokens, "max_tokens": self.max_row_tokens}
+        if self.cost is not None:
+            return BalancedBuffer(self.max_seq_len, self.buffer_size, cost=_item_cost, **limits)
+        return PackingBuffer(self.max_seq_len, self.buffer_size, **limits)
+
+    def capacity(self, step: int) -> int:
+        """What a row holds at a step of the run."""
+        if self.budget is None:
+            return self.max_seq_len
+        return min(max(int(self.budget(step)), 1), self.max_seq_len)
+
+    def item(self, samples: Sequence[Sample], piece: int, source: int, passes: int, ref: Ref) -> Item:
+        """A sample with what rows are made by."""
+        sample = samples[piece]
+        tokens = len(sample["input_ids"])
+        size = tokens if self.max_row_tokens is None else max(1, count_targets(sample))
+        cost = 0.0 if self.cost is None else float(self.cost(sample))
+        return Item(source, passes, ref, piece, len(samples), sample, tokens, size, cost)
+
+
+class Plan(NamedTuple):
+    """What the shards of an epoch have in common."""
+
+    sources: Sequence[Source]
+    mixture: Mixture | None
+    shards: int
+    seed: int
+    epoch: int
+    first_step: int  # steps of the run before the epoch
+    rules: RowRules
+
+
+class _Lane:
+    """What a shard reads of one source."""
+
+    def __init__(self, plan: Plan, number: int, source: int, state: Mapping[str, Any]) -> None:
+        self.source = source
+        self.passes: int = state.get("passes", 0)
+        self.taken: int = state.get("taken", 0)  # examples of this pass that are put
+        self.whole: bool = state.get("whole", False)  # whether a pass is complete
+        self.empty: bool = state.get("empty", False)  # whether the source has nothing at all
+        self.dry = False  # whether the part has no more
+        self.head = 0  # serial of the example that is put next
+        self.waiting: deque[Ref] = deque()  # asked for and not put, from the head on
+        self.arrived: dict[int, Example] = {}  # by serial
+        self.expected = 0  # foreseen draws of this source
+        self._plan = plan
+        self._number = number
+        self.part = self._open(state.get("part"))
+
+    def _open(self, state: dict[str, Any] | None = None, passes: int | None = None) -> Part:
+        plan, passes = self._plan, self.passes if passes is None else passes
+        # each pass another part, so that all shards come to read a source with fewer examples than shards
+        number = (self._number + passes) % plan.shards
+        epoch = pass_epoch(plan.epoch, passes)
+        return plan.sources[self.source].part(number, plan.shards, seed=plan.seed, epoch=epoch, state=state)
+
+    @property
+    def amount(self) -> float:
+        """Examples of the whole part, or where their number is not known, a weight: the source's bytes or 1."""
+        rows = self._plan.sources[self.source].rows
+        if rows is not None:
+            return len(range(self._number, rows, self._plan.shards))
+        return float(sum(getattr(self._plan.sources[self.source], "sizes", (1,))))
+
+    def pull(self) -> Request | None:
+        """The next example; None if the part has no more."""
+        found = None if self.dry else self.part.next()
+        if found is None:
+            self.dry = True
+            return None
+        self.waiting.append(found[0])
+        return Request(self.source, *found)
+
+    def begin_again(self) -> Request | None:
+        """Go over to the next pass that has something in it, and give its first example; None if none has."""
+        for _ in range(self._plan.shards):
+            self.passes, self.taken, self.dry = self.passes + 1, 0, False
+            self.part = self._open()
+            if (request := self.pull()) is not None:
+                return request
+        self.empty = True
+        return None
+
+    def put(self) -> None:
+        """The example at the head is done."""
+        self.waiting.popleft()
+        del self.arrived[self.head]
+        self.head += 1
+        self.taken += 1
+
+    def fetcher(self, passes: int) -> Part:
+        """A part of which examples of a pass can be fetched."""
+        return self.part if passes == self.passes else self._open(passes=passes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, without what was asked for ahead."""
+        state = {"passes": self.passes, "taken": self.taken, "whole": self.whole, "empty": self.empty}
+        part = self.part.state_dict(list(self.waiting))
+        return {**{key: value for key, value in state.items() if value}, "part": part}
 
 
 class VirtualShard:
     """Turns the examples of its part of an epoch into rows, one after the other, in its own order.
 
+    Which source an example is of is decided when it is put, by a random number for its place in the shard and the
+    weights of the present step, so that it does not matter what was asked for ahead.
+
     Args:
-        order: the dataset indices of this part.
-        state: where to go on; the samples that were held back then are to be given by `refill` first.
-        capacity: the most tokens of a sample, and of a row if packed.
-        buffer_size: samples that packing chooses from; None = each row is one sample.
+        plan: of the epoch.
+        state: `fresh_state` or where to go on; what was held back then is to be given by `arrive` first.
     """
 
-    def __init__(self, order: Order, state: ShardState, capacity: int, buffer_size: int | None) -> None:
+    def __init__(self, plan: Plan, state: ShardState) -> None:
         self.number: int = state["shard"]
-        self.cursor: int = state["cursor"]  # the example in `order` that is put next
-        self.asked = self.cursor  # the example that is to be asked for next
-        self._order = order
-        self._capacity = capacity
-        self._piece: int = state["piece"]  # samples of that example that are put already
-        self._arrived: deque[Example] = deque()  # those from `cursor` on that are here
-        self._held: list[tuple[int, int]] = [(index, piece) for index, piece in state["buffer"]]
-        self._buffer: PackingBuffer[Item] | None = None
-        if buffer_size is not None:
-            self._buffer = PackingBuffer(capacity, buffer_size, length=_item_length)
+        self.counts = Counts.from_state(state.get("counts", {}))
+        self.rows: int = state.get("rows", 0)  # given in this epoch
+        self.faults: list[Fault] = []  # since they were last taken
+        self.left_out: list[Fault] = []  # whole examples that gave no sample, or only such that were too long, likewise
+        self.urgent: deque[Ask] = deque()  # without these the next row cannot be made
+        self._plan = plan
+        self._rules = plan.rules
+        self._numbers = Draws(plan.seed, plan.epoch, self.number)
+        self._draws: int = state.get("draws", 0)
+        self._foreseen: deque[int] = deque()  # the sources of the draws to come, as it seems now
+        self._current: int | None = state.get("current")  # the source of the example that is being put
+        self._piece: int = state.get("piece", 0)  # samples of it that are put
+        self._over: bool = state.get("over", False)  # whether every example is put
+        self._held: list[Any] = state.get("held", [])
+        self._waited: list[int] = state.get("waited", [])
+        self._found: dict[str, Example] = {}  # what was held back, by source, pass and ref
+        self.to_refill = len(self.held_back())  # examples that were held back and are not here yet
+        of_lanes = state.get("lanes") or [{}] * len(plan.sources)
+        self._lanes = [_Lane(plan, self.number, i, lane) for i, lane in enumerate(of_lanes)]
+        self._resuming = self._current is not None  # its example is to be read again
+        self._buffer = plan.rules.buffer()
 
     def state_dict(self) -> ShardState:
-        """What is put and what is held back, however far ahead examples were asked for."""
-        held = self._held
-        if self._buffer is not None:
-            held = [(item.position, item.piece) for item in self._buffer.state_dict()["samples"]]
-        buffer = [[index, piece] for index, piece in held]
-        return {"shard": self.number, "cursor": self.cursor, "piece": self._piece, "buffer": buffer}
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether every example has been asked for."""
-        return self.asked == len(self._order)
+        """What is put and what is held back, however far ahead examples were asked for; JSON-able."""
+        held, waited = self._held, self._waited
+        if self._buffer is not None and not self._held:
+            buffer = self._buffer.state_dict()
+            held, waited = [item.key for item in buffer["samples"]], buffer.get("waited", [])
+        state: ShardState = {"shard": self.number, "counts": self.counts.state_dict(), "rows": self.rows}
+        state |= {"draws": self._draws, "current": self._current, "piece": self._piece, "over": self._over}
+        state |= {"lanes": [lane.state_dict() for lane in self._lanes], "held": held}
+        return state | ({"waited": waited} if waited else {})
 
     @property
     def ahead(self) -> int:
         """Examples and samples asked for and not yet in a row."""
-        return self.asked - self.cursor + (len(self._buffer) if self._buffer is not None else 0)
+        return sum(len(lane.waiting) for lane in self._lanes) + (len(self._buffer) if self._buffer is not None else 0)
 
-    def ask(self) -> int:
-        """The dataset index of the example that is needed next."""
-        self.asked += 1
-        return int(self._order[self.asked - 1])
+    @property
+    def unused(self) -> int:
+        """Examples asked for and not put."""
+        return sum(len(lane.waiting) for lane in self._lanes)
 
-    def held_indices(self) -> list[int]:
-        """The dataset indices that `refill` needs."""
-        return list(dict.fromkeys(index for index, _ in self._held))
+    @property
+    def to_fill(self) -> int:
+        """Samples that the buffer lacks."""
+        return 0 if self._buffer is None else max(0, self._buffer.buffer_size - len(self._buffer))
 
-    def refill(self, examples: Sequence[Example]) -> None:
-        """Hold back again the samples that were held back when the state was saved, from these examples."""
-        samples = {example.position: _samples(example) for example in examples}
-        items = [self._item(samples[index], index, piece) for index, piece in self._held]
-        if self._buffer is not None:
-            self._buffer.load_state_dict({"samples": items})
+    def held_back(self) -> list[tuple[int, int, Ref]]:
+        """The source, passes and ref of each example that was held back when the state was saved."""
+        found = {}
+        for key in self._held:
+            ref, _, _, source, passes = item_place(key)
+            found[_example_name(source, passes, ref)] = (source, passes, ref)
+        return list(found.values())
 
-    def arrive(self, example: Example) -> None:
-        """Take in the next example that was asked for."""
-        self._arrived.append(example)
+    def fetcher(self, source: int, passes: int) -> Part:
+        """A part of a source of which held-back examples can be fetched."""
+        return self._lanes[source].fetcher(passes)
 
-    def next_row(self, wait: Callable[[], None]) -> list[Item] | None:
-        """The next row; None if this part of the epoch is used up. Calls `wait` until an example has arrived.
+    def ask(self) -> Ask | None:
+        """What is best asked for next: what is waited for, or else what will be drawn; None if that is all here."""
+        self._read_current()
+        if self.urgent:
+            return self.urgent.popleft()
+        while not self._over and len(self._foreseen) < _FORESEEN:
+            source = self._choose(self._draws + len(self._foreseen), ahead=True)
+            if source is None:
+                return None
+            lane = self._lanes[source]
+            if lane.dry and self._ends_with_first:
+                return None
+            self._foreseen.append(source)
+            lane.expected += 1
+            if lane.expected <= len(lane.waiting) - (source == self._current):
+                continue  # asked for already, when something else was foreseen
+            if (request := lane.pull()) is not None:
+                return self._as_ask(lane, request)
+            if all(lane.dry for lane in self._lanes):
+                return None
+        return None
 
-        Raises:
-            DataError: an example of this row is broken or does not fit.
+    def arrive(self, ask: Ask, example: Example) -> None:
+        """Take in what a request of this shard gave."""
+        if ask.serial < 0:
+            self._found[_example_name(ask.request.source, ask.passes, ask.request.ref)] = example
+            self.to_refill -= 1
+            if not self.to_refill:
+                self._refill()
+        else:
+            self._lanes[ask.request.source].arrived[ask.serial] = example
+
+    def outlook(self) -> Outlook:
+        """What the next row may cost; only of shards whose rules have a cost."""
+        if isinstance(self._buffer, BalancedBuffer):
+            return self._buffer.outlook(self._rules.capacity(self._plan.first_step + self.rows))
+        return Outlook(0.0, 0.0)
+
+    def next_row(
+        self, wait: Callable[[], None], target: Target | None = None, pause: Callable[[], bool] = lambda: False
+    ) -> Row | Paused | None:
+        """The next row; None if this part of the epoch is used up.
+
+        Args:
+            wait: waits until something has arrived.
+            target: what the row is to cost, see `step_target`.
+            pause: asked after an example was skipped: whether to stop for now; the next call goes on.
         """
-        while self.cursor < len(self._order):
-            while not self._arrived:
-                wait()
-            example = self._arrived[0]
-            samples, row = _samples(example), None
-            if self._piece < len(samples):
-                row = self._put(self._item(samples, example.position, self._piece))
-                self._piece += 1
-            if self._piece >= len(samples):
-                self._arrived.popleft()
-                self.cursor += 1
-                self._piece = 0
-            if row is not None:
+        while self.to_refill:
+            wait()
+        self._read_current()
+        while True:
+            if self._current is None and not self._draw():
+                row = self._pop_row(target)
+                self.rows += row is not None
                 return row
-        return self._buffer.pop_row() if self._buffer is not None else None
+            assert self._current is not None
+            lane = self._lanes[self._current]
+            while lane.head not in lane.arrived:
+                wait()
+            example, ref, done = lane.arrived[lane.head], lane.waiting[0], None
+            if self._piece == 0:
+                self._see(example, lane, ref)
+            if self._piece < len(example.samples):
+                done = self._put(self._rules.item(example.samples, self._piece, lane.source, lane.passes, ref), target)
+                self._piece += 1
+            if self._piece >= len(example.samples):
+                lane.put()
+                self._current, self._piece = None, 0
+            if done is not None:
+                self.rows += 1
+                return done
+            if example.fault is not None and pause():
+                return PAUSED
 
-    def _put(self, item: Item) -> list[Item] | None:
-        return [item] if self._buffer is None else self._buffer.put(item)
+    @property
+    def _ends_with_first(self) -> bool:
+        return self._plan.mixture is not None and self._plan.mixture.stopping == "first_exhausted"
 
-    def _item(self, samples: list[Sample], index: int, piece: int) -> Item:
-        if piece >= len(samples):
-            raise DataError(f"sample {index} of the dataset is not what it was when the state was saved")
-        length = sample_length(samples[piece])
-        if not 1 <= length <= self._capacity:
-            raise DataError(f"sample {index} has {length} tokens: it must have 1 to max_seq_len={self._capacity}")
-        return Item(index, piece, samples[piece])
+    def _as_ask(self, lane: _Lane, request: Request) -> Ask:
+        return Ask(self, request, lane.head + len(lane.waiting) - 1, lane.passes)
+
+    def _read_current(self) -> None:
+        """Ask again for the example that was being put when the state was saved: after what was held back was read."""
+        if self._resuming and self._current is not None:
+            self._resuming = False
+            if not self._pull_urgently(self._lanes[self._current]):
+                name = self._plan.sources[self._current].name
+                raise DataError(f'"{name}" has fewer examples than when the state was saved')
+
+    def _pull_urgently(self, lane: _Lane) -> bool:
+        request = lane.pull()
+        if request is not None:
+            self.urgent.append(self._as_ask(lane, request))
+        return request is not None
+
+    def _draw(self) -> bool:
+        """Decide which source the next example is of, and see to it that it is asked for; False if there is none."""
+        while not self._over:
+            source = self._choose(self._draws)
+            if source is None:
+                self._over = True
+                break
+            self._draws += 1
+            if self._foreseen:
+                self._lanes[self._foreseen.popleft()].expected -= 1
+            lane = self._lanes[source]
+            if lane.waiting or self._pull_urgently(lane) or self._end_pass(lane):
+                self._current = source
+                return True
+        return False
+
+    def _choose(self, draw: int, ahead: bool = False) -> int | None:
+        if self._plan.mixture is not None:
+            weights = self._plan.mixture.weights(self._plan.first_step + self.rows)
+            if any(lane.empty for lane in self._lanes):
+                weights = tuple(0.0 if lane.empty else w for w, lane in zip(weights, self._lanes, strict=True))
+        elif len(self._lanes) == 1:
+            return None if self._lanes[0].whole or (ahead and self._lanes[0].dry) else 0
+        else:
+            # what is left of each: so any order of all examples is as likely as any other
+            weights = tuple(self._left(lane, ahead) for lane in self._lanes)
+        return choose(weights, self._numbers[draw])
+
+    def _left(self, lane: _Lane, ahead: bool) -> float:
+        if lane.whole or (ahead and lane.dry):
+            return 0.0
+        if any(source.rows is None for source in self._plan.sources):
+            return lane.amount
+        drawn = lane.taken + (lane.expected + (lane.source == self._current) if ahead else 0)
+        return max(0.0, lane.amount - drawn)
+
+    def _end_pass(self, lane: _Lane) -> bool:
+        """A source has no more in this pass; whether it gives an example of its next."""
+        lane.whole = True
+        mixture = self._plan.mixture
+        if mixture is None:
+            return False
+        if mixture.stopping == "first_exhausted":
+            self._over = True
+        elif mixture.stopping == "all_exhausted":
+            drawable = mixture.drawable(self._plan.first_step + self.rows)
+            self._over = all(each.whole or not d for each, d in zip(self._lanes, drawable, strict=True))
+        request = None if self._over else lane.begin_again()
+        if request is not None:
+            self.urgent.append(self._as_ask(lane, request))
+        return request is not None
+
+    def _see(self, example: Example, lane: _Lane, ref: Ref) -> None:
+        self.counts.seen += 1
+        if example.fault is not None:
+            self._skip(lane.source, lane.passes, ref, example.fault)
+            return
+        if example.fate is not None:
+            setattr(self.counts, example.fate, getattr(self.counts, example.fate) + 1)
+        if not example.samples:
+            reason = "no sample in it" if example.fate is None else "too long for a row"
+            self.left_out.append(Fault(lane.source, lane.passes, ref, "", reason))
+
+    def _skip(self, source: int, passes: int, ref: Ref, fault: tuple[str, str]) -> None:
+        self.counts.skip(source, fault[1])
+        self.faults.append(Fault(source, passes, ref, *fault))
+
+    def _put(self, item: Item, target: Target | None) -> Row | None:
+        capacity = self._rules.capacity(self._plan.first_step + self.rows)
+        if isinstance(self._buffer, BalancedBuffer):
+            return self._buffer.put(item, capacity, target)
+        return [item] if self._buffer is None else self._buffer.put(item, capacity)
+
+    def _pop_row(self, target: Target | None) -> Row | None:
+        capacity = self._rules.capacity(self._plan.first_step + self.rows)
+        if isinstance(self._buffer, BalancedBuffer):
+            return self._buffer.pop_row(capacity, target)
+        return None if self._buffer is None else self._buffer.pop_row(capacity)
+
+    def _refill(self) -> None:
+        """Hold back again what was held back when the state was saved."""
+        items: list[Item] = []
+        waited: list[int] = []
+        skipped: set[str] = set()
+        for place, key in enumerate(self._held):
+            ref, piece, _, source, passes = item_place(key)
+            name = _example_name(source, passes, ref)
+            example = self._found[name]
+            if example.fault is not None:  # it was whole when the state was saved
+                if name not in skipped:
+                    self._skip(source, passes, ref, example.fault)
+                skipped.add(name)
+                continue
+            if piece >= len(example.samples):
+                where = self._plan.sources[source].place(ref)
+                raise DataError(f"{where} is not what it was when the state was saved: it gives fewer samples")
+            items.append(self._rules.item(example.samples, piece, source, passes, ref))
+            waited.append(self._waited[place] if self._waited else 0)
+        assert self._buffer is not None
+        self._buffer.load_state_dict({"samples": items, "waited": waited})
+        self._held, self._waited, self._found = [], [], {}
 
 
-def count_rows(lengths: Sequence[int], order: Order, state: ShardState, capacity: int, buffer_size: int | None) -> int:
-    """How many rows a shard will give from a state on, where dataset[i] is one sample of `lengths[i]` tokens."""
-    shard = VirtualShard(order, state, capacity, buffer_size)
-    tokens = range(capacity + 1)  # stands for a sample: slicing costs nothing, and only its length counts
-
-    def example(index: int) -> Example:
-        return Example(index, [{"input_ids": tokens[: lengths[index]]}])
-
-    shard.refill([example(index) for index in shard.held_indices()])
-    rows = 0
-    while shard.next_row(lambda: shard.arrive(example(shard.ask()))) is not None:
-        rows += 1
-    return rows
+def fresh_state(shard: int, counts: Counts | None = None) -> ShardState:
+    """The state of a shard at the beginning of an epoch."""
+    return {"shard": shard, "counts": {} if counts is None else counts.state_dict()}
 
 
-def _samples(example: Example) -> list[Sample]:
-    if example.error is not None:
-        raise DataError(example.error)
-    return example.samples
+def _example_name(source: int, passes: int, ref: Ref) -> str:
+    return f"{source} {passes} {ref}"  # a ref may be a list
 
 
-def _item_length(item: Item) -> int:
-    return sample_length(item.sample)
+def _trimmed(values: list[Any]) -> list[Any]:
+    while len(values) > 1 and values[-1] == 0:
+        values.pop()
+    return values
+
+
+def _item_size(item: Item) -> int:
+    return item.size
+
+
+def _item_tokens(item: Item) -> int:
+    return item.tokens
+
+
+def _item_cost(item: Item) -> float:
+    return item.cost

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from veomni_config import RecipeConfig
+from veomni_data import DataError
 
 _PROBES = 64
 
@@ -16,18 +17,26 @@ def check_rows(dataset: Sequence[Any], rows: Iterable[int]) -> None:
         dataset[row]
 
 
-def sizes_that_differ(dataset: Sequence[Any], cfg: RecipeConfig) -> str:
+def sizes_that_differ(dataset: Any, cfg: RecipeConfig) -> str:
     """A sentence if `data.train_size`, from which the steps follow, is far from the tokens of the data; else empty.
 
-    The data's tokens are estimated from some samples, spread over all.
+    The data's tokens are estimated from some samples, spread over all; broken ones count as none. Those of a
+    stream are not known.
     """
-    if not cfg.train.dyn_bsz:
+    if not cfg.train.dyn_bsz or not isinstance(dataset, Sequence):
         return ""
-    probes = range(0, len(dataset), -(-len(dataset) // _PROBES))
-    estimate = round(sum(len(dataset[i]["input_ids"]) for i in probes) / len(probes) * len(dataset))
+    lengths = [_length(dataset, i) for i in range(0, len(dataset), -(-len(dataset) // _PROBES))]
+    estimate = round(sum(lengths) / len(lengths) * len(dataset))
     if 0.7 <= estimate / cfg.data.train_size <= 1.4:
         return ""
     return (
         f"the data have about {estimate:,} tokens, but data.train_size={cfg.data.train_size:,} plans the steps and the "
         f"learning rate of an epoch: set it to the former"
     )
+
+
+def _length(dataset: Sequence[Any], index: int) -> int:
+    try:
+        return len(dataset[index]["input_ids"])
+    except DataError:
+        return 0

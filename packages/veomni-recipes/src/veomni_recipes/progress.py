@@ -52,7 +52,7 @@ class Progress:
         self.epoch, self.epoch_step = self.epoch + 1, 0
         loader.set_epoch(self.epoch)
 
-    def measure(self, *, tokens: int, **values: float) -> dict[str, float]:
+    def measure(self, *, tokens: int, **values: Any) -> dict[str, Any]:
         """Count a step's tokens and return its line of metrics; call it once a step."""
         now, before = time.monotonic(), self._last
         self._last = now
@@ -113,7 +113,7 @@ class Display:
         elif self._shown:
             print(text, flush=True)
 
-    def step(self, line: Mapping[str, float]) -> None:
+    def step(self, line: Mapping[str, Any]) -> None:
         """Show a step by its line of metrics."""
         step = int(line["step"])
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.1e}  {line['tokens_per_second']:,.0f} tokens/s"

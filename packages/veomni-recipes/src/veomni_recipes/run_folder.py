@@ -40,7 +40,7 @@ class Metrics:
         write_json_lines(path, (line for line in read_metrics(folder) if line["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, line: Mapping[str, float]) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
         """Add a line; it is out of this process when this returns."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -71,7 +71,7 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def say_goodbye(folder: Path, summary: Mapping[str, float], question: str | None) -> None:
+def say_goodbye(folder: Path, summary: Mapping[str, Any], question: str | None) -> None:
     """The last lines of a run: how good it became, how long it took, where to look and what to try."""
     scores = {k.removesuffix("_accuracy"): v for k, v in summary.items() if k.endswith("_accuracy")}
     if scores:

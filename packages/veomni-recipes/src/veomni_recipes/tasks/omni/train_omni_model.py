@@ -8,6 +8,7 @@ package. To change something, copy the file (it runs from anywhere) and change i
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -49,6 +50,7 @@ from veomni_recipes.optimization import build_optimizer, learning_rate, set_lear
 from veomni_recipes.progress import Display, Progress, count_tokens
 from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json, write_json_lines
 from veomni_recipes.supported import refuse_without_effect
+from veomni_recipes.training_data import describe_data, left_out, media_limits, row_options, source_shares
 from veomni_recipes.weights import freeze_parts, load_parts
 
 
@@ -64,42 +66,32 @@ def main(argv: list[str] | None = None) -> None:
     processor = build_omni_processor(cfg.model.tokenizer_path, encoders=encoders)
     template = get_chat_template(cfg.data.chat_template, processor.tokenizer)
     processor.tokenizer.chat_template = processor.chat_template = template.source  # exported with the model
-    columns: dict[str, Any] = {"text_keys": cfg.data.text_keys, "image_keys": cfg.data.image_keys}
-    encode = partial(
-        encode_multimodal_sample,
-        processor=processor,
-        template=template,
-        max_seq_len=cfg.data.max_seq_len,
-        **columns,
+    columns: dict[str, Any] = {
+        "text_keys": cfg.data.text_keys,
+        "image_keys": cfg.data.image_keys,
+        "columns": cfg.data.columns or None,
+    }
+    limits = media_limits(cfg.data)
+    encode = partial(encode_multimodal_sample, processor=processor, template=template, **columns, **limits)
+    train_data = build_dataset(
+        cfg.data.train_path,
+        kind=cfg.data.datasets_type,
+        transform=encode,
+        seed=cfg.train.seed,
+        shuffle_buffer=cfg.data.shuffle_buffer,
+        root=cfg.data.root,
+        name=cfg.data.source_name,
     )
-    train_data = build_dataset(cfg.data.train_path, transform=encode)
+    samples = len(train_data) if isinstance(train_data, Sized) else None
     held_out = None
     if cfg.data.eval_path is not None:
         prompt = partial(multimodal_prompt, image_token=processor.image_token, template=template, **columns)
-        held_out = build_dataset(cfg.data.eval_path, transform=prompt)
+        held_out = build_dataset(cfg.data.eval_path, transform=prompt, root=cfg.data.root)
         check_rows(held_out, range(rank(), len(held_out), world_size()))
-    plan = cfg.batch_plan(world_size(), samples=len(train_data))
-    assert plan.steps_per_epoch is not None
-    assert plan.total_steps is not None
+    plan = cfg.batch_plan(world_size(), samples)
+    steps_per_epoch = cfg.compute_train_steps(world_size(), samples)
+    total_steps = steps_per_epoch * cfg.train.num_train_epochs
     state = init_parallel_state(plan.dp_replicate, plan.dp_shard, cfg.train.ulysses_parallel_size, device.type)
-    collator = PackingCollator if cfg.train.rmpad or cfg.train.rmpad_with_pos_ids else PaddingCollator
-    pad_token_id = processor.tokenizer.pad_token_id
-    loader = build_dataloader(
-        train_data,
-        dp_rank=state.dp.get_local_rank(),
-        dp_size=state.dp.size(),
-        micro_batch_size=cfg.train.micro_batch_size,
-        global_batch_size=plan.global_batch_size,
-        max_seq_len=cfg.data.max_seq_len,
-        packing=cfg.train.dyn_bsz,
-        buffer_size=cfg.train.dyn_bsz_buffer_size,
-        num_workers=cfg.data.num_workers,
-        prefetch_factor=cfg.data.prefetch_factor,
-        collate=collator(pad_token_id),
-        seed=cfg.train.seed,
-        drop_last=cfg.data.drop_last,
-        group=state.dp.get_group(),
-    )
 
     # model: meta -> sharded -> weights, so that no rank ever holds all of it; or with its weights, then sharded
     on_meta = cfg.train.init_device == "meta"
@@ -114,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         init_device="meta" if on_meta else device.type,
         seed=cfg.train.seed,
     )
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, hidden_size = sum(p.numel() for p in model.parameters()), model.foundation.config.hidden_size
     freeze_parts(model, cfg.train)
     model = build_parallelize_model(
         model,
@@ -140,10 +132,37 @@ def main(argv: list[str] | None = None) -> None:
 
     # the run folder: a run that goes on finds its place in it
     folder, first, resume_from = cfg.train.output_dir, rank() == 0, cfg.train.load_checkpoint_path
+    assets, skipped = folder / "model_assets", folder / "skipped.jsonl"
     if first:
         open_run_folder(folder, resume=resume_from is not None)
         dump_config(cfg, folder / "config.yaml")
+        processor.save_pretrained(assets)
     barrier()
+
+    # rows of samples, each of which is written down in the ledger
+    collator = PackingCollator if cfg.train.rmpad or cfg.train.rmpad_with_pos_ids else PaddingCollator
+    pad_token_id = processor.tokenizer.pad_token_id
+    loader = build_dataloader(
+        train_data,
+        dp_rank=state.dp.get_local_rank(),
+        dp_size=state.dp.size(),
+        micro_batch_size=cfg.train.micro_batch_size,
+        global_batch_size=plan.global_batch_size,
+        max_seq_len=cfg.data.max_seq_len,
+        buffer_size=cfg.train.dyn_bsz_buffer_size,
+        num_workers=cfg.data.num_workers,
+        prefetch_factor=cfg.data.prefetch_factor,
+        pin_memory=cfg.data.pin_memory,
+        collate=collator(pad_token_id),
+        seed=cfg.train.seed,
+        drop_last=cfg.data.drop_last,
+        group=state.dp.get_group(),
+        max_skipped=cfg.data.max_skipped,
+        skipped_path=skipped,
+        ledger=folder / "ledger",
+        description=describe_data(cfg, assets, pad_token_id),
+        **row_options(cfg, total_steps, hidden_size),
+    )
     checkpoints = CheckpointManager(folder / "checkpoints", async_save=cfg.train.save_async)
     progress = Progress()
     if resume_from is not None:
@@ -151,18 +170,16 @@ def main(argv: list[str] | None = None) -> None:
         if saved is not None:
             progress.restore(saved, loader)
     metrics = Metrics(folder, progress.step) if first else None
-    display = Display(plan.total_steps, progress.step, shown=first)
+    display = Display(total_steps, progress.step, shown=first)
     display.say(f"{parameters:,} parameters; {state.describe()}")
     if first:
         display.say(sizes_that_differ(train_data, cfg))
-    display.say(
-        f"{plan.total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank"
-    )
+    display.say(f"{total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank")
     startup = seconds_since_launch()
 
     while progress.epoch < cfg.train.num_train_epochs:
-        for micro_batches in progress.steps(loader, plan.steps_per_epoch):
-            lr = learning_rate(progress.step, plan.total_steps, cfg.train)
+        for micro_batches in progress.steps(loader, steps_per_epoch):
+            lr = learning_rate(progress.step, total_steps, cfg.train)
             set_learning_rate(optimizer, lr)
 
             # the loss is the sum over target tokens divided by those of the whole step, over all ranks
@@ -186,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
                 loss=global_sum(loss, state.loss).item(),
                 grad_norm=grad_norm.item(),
                 lr=lr,
+                **source_shares(loader, state.dp),
             )
             display.step(line)
             if metrics is not None:
@@ -196,9 +214,11 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
             checkpoints.save(progress.step, model, optimizer, progress.state(loader))
     checkpoints.close()
-    if progress.step < plan.total_steps:
+    if progress.step < total_steps:
         size = progress.tokens // progress.epoch
-        display.say(f"the data ended after {progress.step} of {plan.total_steps} steps: set data.train_size to {size}")
+        display.say(f"the data ended after {progress.step} of {total_steps} steps: set data.train_size to {size}")
+    lost, sentence = left_out(loader, skipped)
+    display.say(sentence)
     display.close()
     trained = seconds_since_launch()
 
@@ -220,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": seconds_since_launch(),
             "startup_seconds": startup,
             "training_seconds": trained - startup,
+            "left_out_samples": lost,
             "steps": progress.step,
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens_per_second,

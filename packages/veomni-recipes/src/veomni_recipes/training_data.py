@@ -1,0 +1,131 @@
+"""What a configuration says about reading, packing and dealing out the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from veomni_config import OmniDataConfig, OmniRecipeConfig, RecipeConfig
+from veomni_data import DataDescription, DataLoader, Sample, attention_cost
+from veomni_parallel import global_sum
+
+from veomni_recipes.distributed import gather
+
+
+def media_limits(data: OmniDataConfig) -> dict[str, Any]:
+    """The limits of pictures, video and sound in a sample that are set, as `encode_multimodal_sample` names them."""
+    limits = {
+        "max_image_nums": data.max_image_nums,
+        "max_pixels": data.max_pixels,
+        "max_pixel_size": data.max_pixel_size,
+        "scale_factor": data.scale_factor,
+        "fps": data.fps,
+        "max_frames": data.max_frames,
+        "max_seconds": data.max_audio_seconds,
+    }
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def row_options(cfg: RecipeConfig, total_steps: int, hidden_size: int) -> dict[str, Any]:
+    """How rows are filled and dealt to ranks, as arguments of `build_dataloader`.
+
+    Args:
+        total_steps: of the run.
+        hidden_size: of the model, on which it depends how attention compares with the linear layers.
+    """
+    options: dict[str, Any] = {"too_long": cfg.data.too_long, "packing": cfg.train.dyn_bsz}
+    if cfg.train.balance_ranks:
+        options["cost"] = partial(_work, hidden_size=hidden_size)
+    if not cfg.train.dyn_bsz:
+        return options
+    options["budget"] = row_budget(cfg, total_steps)
+    if cfg.train.dyn_bsz_count_mode == "effective":
+        options["count"] = "targets"
+        options["max_row_tokens"] = int(cfg.train.dyn_bsz_physical_overflow_ratio * cfg.data.max_seq_len)
+    return options
+
+
+def row_budget(cfg: RecipeConfig, total_steps: int) -> Callable[[int], int] | None:
+    """Tokens of a row at each step, counted from 0; None if that is `data.max_seq_len` throughout.
+
+    A micro-batch has micro_batch_size * max_seq_len - dyn_bsz_margin tokens; during the first
+    bsz_warmup_ratio * total_steps steps it grows to that, in a straight line, from bsz_warmup_init_mbtoken.
+    """
+    rows = cfg.train.micro_batch_size
+    full = rows * cfg.data.max_seq_len - cfg.train.dyn_bsz_margin
+    warmup = cfg.train.bsz_warmup_ratio * total_steps
+    if not warmup and not cfg.train.dyn_bsz_margin:
+        return None
+    return partial(_budget, first=cfg.train.bsz_warmup_init_mbtoken, full=full, warmup=warmup, rows=rows)
+
+
+def _budget(step: int, first: int, full: int, warmup: float, rows: int) -> int:
+    tokens = full if step >= warmup else first + (full - first) * step / warmup
+    return max(1, int(tokens) // rows)
+
+
+def _work(sample: Sample, hidden_size: int) -> float:
+    return attention_cost(len(sample["input_ids"]), hidden_size)
+
+
+def source_shares(loader: DataLoader, mesh: DeviceMesh) -> dict[str, dict[str, float]]:
+    """The share of each source in the tokens of the run so far, for its line of metrics; nothing for a single source.
+
+    Args:
+        mesh: the data-parallel ranks.
+    """
+    own = loader.counts()["tokens"]
+    if len(own) < 2:
+        return {}
+    tokens = global_sum(torch.tensor([*own.values()], dtype=torch.int64, device=mesh.device_type), mesh)
+    shares = (tokens / tokens.sum().clamp(min=1)).tolist()
+    return {"shares": {name: round(share, 6) for name, share in zip(own, shares, strict=True)}}
+
+
+def left_out(loader: DataLoader, skipped_path: Path) -> tuple[dict[str, int], str]:
+    """How many samples of the run were broken or too long, by what was the matter, and a sentence about it.
+
+    Every rank calls it; the sentence is empty if none was left out.
+    """
+    totals: dict[str, int] = {}
+    for counts in gather(loader.counts()):
+        for reasons in counts["skipped"].values():
+            _add(totals, reasons)
+        _add(totals, {name: counts[name] for name in ("dropped", "truncated", "split") if counts[name]})
+    if not totals:
+        return totals, ""
+    listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.items()))
+    named = f" (broken ones are named in {skipped_path})" if skipped_path.exists() else ""
+    return totals, f"samples that were broken or longer than a row: {listed}{named}"
+
+
+def _add(totals: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, count in more.items():
+        totals[name] = totals.get(name, 0) + count
+
+
+def describe_data(cfg: OmniRecipeConfig, processor: Path, pad_token_id: int) -> dict[str, Any]:
+    """How the data become batches, for `veomni-data replay`, which reads it in the ledger.
+
+    Args:
+        processor: the folder in which the model's processor is saved.
+    """
+    packed = cfg.train.rmpad or cfg.train.rmpad_with_pos_ids
+    return DataDescription(
+        path=cfg.data.train_path,
+        type="multimodal",
+        processor=str(processor),
+        kind=cfg.data.datasets_type,
+        root=cfg.data.root,
+        columns=cfg.data.columns or None,
+        text_keys=cfg.data.text_keys,
+        image_keys=cfg.data.image_keys,
+        limits=media_limits(cfg.data),
+        shuffle_buffer=cfg.data.shuffle_buffer,
+        collator="packing" if packed else "padding",
+        pad_token_id=pad_token_id,
+    ).to_dict()
