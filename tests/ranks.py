@@ -24,6 +24,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     }
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
@@ -42,6 +43,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         else:
             dist.barrier()  # gloo aborts a rank whose peers have left
             dist.destroy_process_group()
+            _clear_sharding_prop_cache()  # it keeps meshes, whose groups are gone
         pipe.send(answer)
 
 
