@@ -12,7 +12,7 @@ from .files import resolve_path
 from .layouts import normalize_example
 from .ledger import Ledger, read_ledger
 from .lengths import fit_sample
-from .loader import DataLoader, build_dataloader
+from .loader import build_dataloader
 from .multimodal import encode_multimodal_sample, multimodal_prompt
 from .multisource import Mixture
 from .packing import PackingBuffer, pack
@@ -25,6 +25,7 @@ from .replay import replay
 from .sequence_parallel import slice_for_sequence_parallel
 from .sound import load_sound
 from .source import IterableSource, Part, SequenceSource, Source
+from .steps import DataLoader
 from .stream import StreamingDataset
 from .text import process_pretrain_example, process_sft_example
 from .video import Video, load_video

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .balance import Outlook, deal_rows
 from .encoding import from_wire, to_wire
-from .shards import Row
+from .rows import Row
 
 
 class Votes(NamedTuple):

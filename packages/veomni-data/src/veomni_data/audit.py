@@ -10,7 +10,7 @@ from typing import Any
 
 from .ledger import Ledger, Line, read_ledger
 from .multisource import pass_epoch
-from .shards import item_place
+from .rows import item_place
 from .source import Ref, Source, epoch_order, sources_of
 
 _SHOWN = 5  # counter-examples of a kind

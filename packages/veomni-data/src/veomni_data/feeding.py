@@ -48,9 +48,7 @@ class Feeder:
         self._encoder = encoder
         self._count = num_workers
         self._least_ahead = num_workers * prefetch_factor * CHUNK
-        self._ahead = (
-            self._least_ahead
-        )  # examples that are being encoded, and that are here beside full buffers, at most
+        self._ahead = self._least_ahead  # examples that are being encoded, and that are here beside buffers, at most
         self._arrived = [1, 1]  # examples and samples
         self._start = lambda: Workers(encoder, num_workers, init=worker_init, timeout=timeout, seed=seed)
         self._workers: Workers | None = None

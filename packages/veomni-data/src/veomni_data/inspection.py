@@ -110,7 +110,7 @@ def replay_step(
     """
     from .ledger import read_ledger
     from .replay import replay
-    from .shards import item_place
+    from .rows import item_place
 
     ledger = read_ledger(run)
     attempt, line = ledger.find(step, rank)

@@ -11,7 +11,7 @@ from .encoding import Encoder, Request
 from .errors import DataError
 from .ledger import read_ledger
 from .multisource import pass_epoch
-from .shards import item_place
+from .rows import item_place
 from .source import Part, Ref, sources_of
 
 

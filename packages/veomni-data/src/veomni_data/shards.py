@@ -7,54 +7,20 @@ changes which samples a step is made of, and a state saved by N ranks is that of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from .balance import BalancedBuffer, Outlook, Target
-from .collators import Sample
 from .counts import Counts
 from .encoding import Example, Request
 from .errors import DataError
-from .lengths import count_targets
-from .multisource import Draws, Mixture, choose, pass_epoch
-from .packing import PackingBuffer
-from .source import Part, Ref, Source
+from .lane import Lane, Plan
+from .multisource import Draws, choose
+from .rows import Fault, Item, Row, item_place
+from .source import Part, Ref
 
 ShardState = dict[str, Any]
 _FORESEEN = 256  # draws that are looked ahead for what to ask for
-
-
-class Item(NamedTuple):
-    """A sample on its way into a row."""
-
-    source: int
-    passes: int  # of the source before this one, in the epoch
-    ref: Ref
-    piece: int  # which of the samples of its example
-    pieces: int
-    sample: Sample
-    tokens: int
-    size: int  # what it takes of a row: tokens or targets
-    cost: float
-
-    @property
-    def key(self) -> list[Any]:
-        """Where it is from, without the zeros at the end: [ref, piece, pieces - 1, source, passes]."""
-        return _trimmed([self.ref, self.piece, self.pieces - 1, self.source, self.passes])
-
-
-def example_key(source: int, passes: int, ref: Ref) -> list[Any]:
-    """The key of an example as a whole."""
-    return _trimmed([ref, 0, 0, source, passes])
-
-
-def item_place(key: Sequence[Any]) -> tuple[Ref, int, int, int, int]:
-    """The ref, piece, number of pieces, source and passes of a `key`."""
-    ref, piece, more, source, passes = [*key, 0, 0, 0, 0][:5]
-    return ref, piece, more + 1, source, passes
-
-
-Row = list[Item]
 
 
 class Paused:
@@ -64,16 +30,6 @@ class Paused:
 PAUSED: Final = Paused()
 
 
-class Fault(NamedTuple):
-    """An example that was skipped, or that gave nothing."""
-
-    source: int
-    passes: int
-    ref: Ref
-    message: str
-    reason: str
-
-
 class Ask(NamedTuple):
     """A request of a shard, and where what it gives belongs."""
 
@@ -81,131 +37,6 @@ class Ask(NamedTuple):
     request: Request
     serial: int  # of the examples of its source in this shard; -1: it was held back
     passes: int
-
-
-class RowRules(NamedTuple):
-    """How the samples of a shard become rows.
-
-    Attributes:
-        max_seq_len: the most tokens of a sample, and of a row unless targets are counted.
-        buffer_size: samples that packing chooses from; None = each row is one sample.
-        budget: what a row holds at a step; None = `max_seq_len`.
-        max_row_tokens: the most tokens of a row where its targets are counted, else None.
-        cost: the work of a sample, which the rows of a step are to have equal parts of.
-    """
-
-    max_seq_len: int
-    buffer_size: int | None
-    budget: Callable[[int], int] | None = None
-    max_row_tokens: int | None = None
-    cost: Callable[[Sample], float] | None = None
-
-    def buffer(self) -> PackingBuffer[Item] | None:
-        """An empty buffer of a shard."""
-        if self.buffer_size is None:
-            return None
-        limits: dict[str, Any] = {"length": _item_size}
-        if self.max_row_tokens is not None:
-            limits |= {"tokens": _item_tokens, "max_tokens": self.max_row_tokens}
-        if self.cost is not None:
-            return BalancedBuffer(self.max_seq_len, self.buffer_size, cost=_item_cost, **limits)
-        return PackingBuffer(self.max_seq_len, self.buffer_size, **limits)
-
-    def capacity(self, step: int) -> int:
-        """What a row holds at a step of the run."""
-        if self.budget is None:
-            return self.max_seq_len
-        return min(max(int(self.budget(step)), 1), self.max_seq_len)
-
-    def item(self, samples: Sequence[Sample], piece: int, source: int, passes: int, ref: Ref) -> Item:
-        """A sample with what rows are made by."""
-        sample = samples[piece]
-        tokens = len(sample["input_ids"])
-        size = tokens if self.max_row_tokens is None else max(1, count_targets(sample))
-        cost = 0.0 if self.cost is None else float(self.cost(sample))
-        return Item(source, passes, ref, piece, len(samples), sample, tokens, size, cost)
-
-
-class Plan(NamedTuple):
-    """What the shards of an epoch have in common."""
-
-    sources: Sequence[Source]
-    mixture: Mixture | None
-    shards: int
-    seed: int
-    epoch: int
-    first_step: int  # steps of the run before the epoch
-    rules: RowRules
-
-
-class _Lane:
-    """What a shard reads of one source."""
-
-    def __init__(self, plan: Plan, number: int, source: int, state: Mapping[str, Any]) -> None:
-        self.source = source
-        self.passes: int = state.get("passes", 0)
-        self.taken: int = state.get("taken", 0)  # examples of this pass that are put
-        self.whole: bool = state.get("whole", False)  # whether a pass is complete
-        self.empty: bool = state.get("empty", False)  # whether the source has nothing at all
-        self.dry = False  # whether the part has no more
-        self.head = 0  # serial of the example that is put next
-        self.waiting: deque[Ref] = deque()  # asked for and not put, from the head on
-        self.arrived: dict[int, Example] = {}  # by serial
-        self.expected = 0  # foreseen draws of this source
-        self._plan = plan
-        self._number = number
-        self.part = self._open(state.get("part"))
-
-    def _open(self, state: dict[str, Any] | None = None, passes: int | None = None) -> Part:
-        plan, passes = self._plan, self.passes if passes is None else passes
-        # each pass another part, so that all shards come to read a source with fewer examples than shards
-        number = (self._number + passes) % plan.shards
-        epoch = pass_epoch(plan.epoch, passes)
-        return plan.sources[self.source].part(number, plan.shards, seed=plan.seed, epoch=epoch, state=state)
-
-    @property
-    def amount(self) -> float:
-        """Examples of the whole part, or where their number is not known, a weight: the source's bytes or 1."""
-        rows = self._plan.sources[self.source].rows
-        if rows is not None:
-            return len(range(self._number, rows, self._plan.shards))
-        return float(sum(getattr(self._plan.sources[self.source], "sizes", (1,))))
-
-    def pull(self) -> Request | None:
-        """The next example; None if the part has no more."""
-        found = None if self.dry else self.part.next()
-        if found is None:
-            self.dry = True
-            return None
-        self.waiting.append(found[0])
-        return Request(self.source, *found)
-
-    def begin_again(self) -> Request | None:
-        """Go over to the next pass that has something in it, and give its first example; None if none has."""
-        for _ in range(self._plan.shards):
-            self.passes, self.taken, self.dry = self.passes + 1, 0, False
-            self.part = self._open()
-            if (request := self.pull()) is not None:
-                return request
-        self.empty = True
-        return None
-
-    def put(self) -> None:
-        """The example at the head is done."""
-        self.waiting.popleft()
-        del self.arrived[self.head]
-        self.head += 1
-        self.taken += 1
-
-    def fetcher(self, passes: int) -> Part:
-        """A part of which examples of a pass can be fetched."""
-        return self.part if passes == self.passes else self._open(passes=passes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it stands, without what was asked for ahead."""
-        state = {"passes": self.passes, "taken": self.taken, "whole": self.whole, "empty": self.empty}
-        part = self.part.state_dict(list(self.waiting))
-        return {**{key: value for key, value in state.items() if value}, "part": part}
 
 
 class VirtualShard:
@@ -239,7 +70,7 @@ class VirtualShard:
         self._found: dict[str, Example] = {}  # what was held back, by source, pass and ref
         self.to_refill = len(self.held_back())  # examples that were held back and are not here yet
         of_lanes = state.get("lanes") or [{}] * len(plan.sources)
-        self._lanes = [_Lane(plan, self.number, i, lane) for i, lane in enumerate(of_lanes)]
+        self._lanes = [Lane(plan, self.number, i, lane) for i, lane in enumerate(of_lanes)]
         self._resuming = self._current is not None  # its example is to be read again
         self._buffer = plan.rules.buffer()
 
@@ -360,7 +191,7 @@ class VirtualShard:
     def _ends_with_first(self) -> bool:
         return self._plan.mixture is not None and self._plan.mixture.stopping == "first_exhausted"
 
-    def _as_ask(self, lane: _Lane, request: Request) -> Ask:
+    def _as_ask(self, lane: Lane, request: Request) -> Ask:
         return Ask(self, request, lane.head + len(lane.waiting) - 1, lane.passes)
 
     def _read_current(self) -> None:
@@ -371,7 +202,7 @@ class VirtualShard:
                 name = self._plan.sources[self._current].name
                 raise DataError(f'"{name}" has fewer examples than when the state was saved')
 
-    def _pull_urgently(self, lane: _Lane) -> bool:
+    def _pull_urgently(self, lane: Lane) -> bool:
         request = lane.pull()
         if request is not None:
             self.urgent.append(self._as_ask(lane, request))
@@ -405,7 +236,7 @@ class VirtualShard:
             weights = tuple(self._left(lane, ahead) for lane in self._lanes)
         return choose(weights, self._numbers[draw])
 
-    def _left(self, lane: _Lane, ahead: bool) -> float:
+    def _left(self, lane: Lane, ahead: bool) -> float:
         if lane.whole or (ahead and lane.dry):
             return 0.0
         if any(source.rows is None for source in self._plan.sources):
@@ -413,7 +244,7 @@ class VirtualShard:
         drawn = lane.taken + (lane.expected + (lane.source == self._current) if ahead else 0)
         return max(0.0, lane.amount - drawn)
 
-    def _end_pass(self, lane: _Lane) -> bool:
+    def _end_pass(self, lane: Lane) -> bool:
         """A source has no more in this pass; whether it gives an example of its next."""
         lane.whole = True
         mixture = self._plan.mixture
@@ -429,7 +260,7 @@ class VirtualShard:
             self.urgent.append(self._as_ask(lane, request))
         return request is not None
 
-    def _see(self, example: Example, lane: _Lane, ref: Ref) -> None:
+    def _see(self, example: Example, lane: Lane, ref: Ref) -> None:
         self.counts.seen += 1
         if example.fault is not None:
             self._skip(lane.source, lane.passes, ref, example.fault)
@@ -487,21 +318,3 @@ def fresh_state(shard: int, counts: Counts | None = None) -> ShardState:
 
 def _example_name(source: int, passes: int, ref: Ref) -> str:
     return f"{source} {passes} {ref}"  # a ref may be a list
-
-
-def _trimmed(values: list[Any]) -> list[Any]:
-    while len(values) > 1 and values[-1] == 0:
-        values.pop()
-    return values
-
-
-def _item_size(item: Item) -> int:
-    return item.size
-
-
-def _item_tokens(item: Item) -> int:
-    return item.tokens
-
-
-def _item_cost(item: Item) -> float:
-    return item.cost

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .shards import Fault
+from .rows import Fault
 from .source import Source
 
 _JUDGED_FROM = 1000  # examples: of fewer, one broken one would be more than 1 %
