@@ -1,53 +1,31 @@
-"""Reading the files of torch's distributed checkpoint (DCP) without letting them run anything.
+"""The files of torch's distributed checkpoint (DCP) as its own readers need them, without letting them run anything.
 
 DCP's `.metadata` is a pickle and its readers unpickle it as it is: whoever wrote the file runs code in whoever loads
-it. Here it is read by an unpickler that knows only the classes DCP itself writes. Items that are not tensors are
-pickles too; they are neither written nor read: `state_tree` keeps what is no tensor.
+it. Here it is read by `metadata_reader`, and what that found is handed over as torch's classes. Items that are not
+tensors are pickles too; they are neither written nor read: `state_tree` keeps what is no tensor.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from veomni_ckpt.errors import DamagedCheckpointError
-
-_DCP_CLASSES = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "BytesStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-}
-# where the checkpoint was once saved; the class moved in Python 3.13
-_PATH_CLASSES = {(module, "PosixPath") for module in ("pathlib", "pathlib._local")}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _DCP_CLASSES:
-            return super().find_class(module, name)
-        if (module, name) in _PATH_CLASSES:
-            return PurePosixPath
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+from veomni_ckpt.metadata_reader import DcpMetadata, read_dcp_metadata
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -56,17 +34,22 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         DamagedCheckpointError: the file is missing, truncated, or asks for anything that DCP does not write.
     """
-    path = folder / ".metadata"
-    try:
-        with path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-    except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{folder} has no .metadata file: it is not a whole DCP checkpoint") from error
-    except Exception as error:  # a mangled pickle raises whatever its bytes happen to mean
-        raise DamagedCheckpointError(f"{path} cannot be read ({error})") from error
-    if not isinstance(metadata, Metadata):
-        raise DamagedCheckpointError(f"{path} holds a {type(metadata).__name__} where DCP's Metadata belongs")
-    return metadata
+    return _as_torch(read_dcp_metadata(folder / ".metadata"))
+
+
+def _as_torch(found: DcpMetadata) -> Metadata:
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for name, entry in found.tensors.items():
+        chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in entry.chunks]
+        dtype = getattr(torch, entry.dtype.name)
+        entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry.shape), chunks)
+    entries.update((name, BytesStorageMetadata()) for name in found.objects)
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for name, places in found.places.items():
+        for offsets, file, offset, length in places:
+            transforms = found.transforms.get((name, offsets))
+            storage[MetadataIndex(name, offsets)] = _StorageInfo(found.files[file], offset, length, transforms)
+    return Metadata(entries, dict(found.paths), storage)
 
 
 def verify_files(folder: Path, metadata: Metadata) -> None:

@@ -1,0 +1,137 @@
+"""Writing blocks, and converting them, while the next ones are being read: a few buffers and two threads.
+
+The threads spend their time in the kernel and in numpy, where Python's lock is not held.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from queue import SimpleQueue
+from types import TracebackType
+
+# (bytes that were read, where to put what they become) -> length of that
+Convert = Callable[[memoryview, memoryview], int]
+
+_THREADS = 2
+
+
+@dataclass
+class Slot:
+    """A buffer of whole pages to fill; `slices` is for what `TensorReader` keeps about it."""
+
+    memory: memoryview
+    slices: dict[tuple[int, ...], list[memoryview]] = field(default_factory=dict)
+
+    @cached_property
+    def converted(self) -> memoryview:
+        """A second buffer of the same length, made when it is needed."""
+        return memoryview(mmap.mmap(-1, len(self.memory)))
+
+
+@dataclass(frozen=True)
+class _Block:
+    slot: Slot
+    length: int
+    descriptor: int
+    at: int
+    convert: Convert | None
+
+
+class BlockWriter:
+    """Writes blocks in the background; used in `with`, by one thread."""
+
+    def __init__(self, block: int) -> None:
+        """`block`: length of a buffer in bytes."""
+        self._free: SimpleQueue[Slot] = SimpleQueue()
+        self._todo: SimpleQueue[_Block | None] = SimpleQueue()
+        self._slots = _THREADS + 1
+        for _ in range(self._slots):
+            self._free.put(Slot(memoryview(mmap.mmap(-1, block))))
+        self._error: BaseException | None = None
+        self._threads = [threading.Thread(target=self._work, name="veomni-ckpt", daemon=True) for _ in range(_THREADS)]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> BlockWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for _ in self._threads:
+            self._todo.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def write_block(self, fill: Callable[[Slot], int], descriptor: int, at: int, convert: Convert | None = None) -> int:
+        """Have `fill` fill a buffer, and write as many bytes of it as it says to a file, at byte `at`, some time soon.
+
+        Args:
+            fill: called here and now; gives a number of bytes, which this gives too.
+            descriptor: of a file that stays open until `drain`.
+            at: byte of the file.
+            convert: called in the background; what it makes of the bytes is written instead, and fits in a buffer.
+
+        Raises:
+            Exception: what went wrong with a block that was given before.
+        """
+        slot = self._free.get()
+        length = 0
+        try:
+            if self._error is not None:
+                raise self._error
+            length = fill(slot)
+        finally:
+            self._todo.put(_Block(slot, length, descriptor, at, convert))
+        return length
+
+    def write_bytes(self, data: memoryview, descriptor: int, at: int) -> None:
+        """Write bytes of any length through the buffers."""
+        begin = 0
+
+        def fill(slot: Slot) -> int:
+            length = min(len(slot.memory), len(data) - begin)
+            slot.memory[:length] = data[begin : begin + length]
+            return length
+
+        while begin < len(data):
+            begin += self.write_block(fill, descriptor, at + begin)
+
+    def drain(self) -> None:
+        """Return when nothing is left to write, so that files may be closed; errors are told by `finish`."""
+        slots = [self._free.get() for _ in range(self._slots)]
+        for slot in slots:
+            self._free.put(slot)
+
+    def finish(self) -> None:
+        """Return when all that was given is written.
+
+        Raises:
+            Exception: what went wrong with one of the blocks.
+        """
+        self.drain()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (block := self._todo.get()) is not None:
+            try:
+                if self._error is None and block.length:
+                    _write(block)
+            except BaseException as error:  # told to the thread that waits
+                self._error = error
+            self._free.put(block.slot)
+
+
+def _write(block: _Block) -> None:
+    data = block.slot.memory[: block.length]
+    if block.convert is not None:
+        data = block.slot.converted[: block.convert(data, block.slot.converted)]
+    done = 0
+    while done < len(data):
+        done += os.pwrite(block.descriptor, data[done:], block.at + done)
