@@ -104,8 +104,8 @@ def message_of(case: str) -> str:
                 batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             elif case == "length":
                 batch["input_ids"] = batch["input_ids"][:, 1:]
-            elif case == "odd row":
-                batch = pack(samples())
+            elif case == "labels":
+                del batch["shift_labels"]
             model(**batch, num_items_in_batch=1)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -138,7 +138,7 @@ class OwnAttention(nn.Module):
         ("positions", "ParallelError: Sequence parallelism needs position_ids"),
         ("mask", "attention_mask must be None"),
         ("length", "input_ids has 42 tokens, but cu_seq_lens_q ends at 86"),
-        ("odd row", "A row of 85 tokens cannot be sliced over ulysses=2"),
+        ("labels", "labels cannot be shifted inside a slice: give shift_labels"),
     ],
 )
 def test_what_would_train_silently_wrong_is_refused(case: str, words: str, two_ranks: Ranks) -> None:
@@ -240,4 +240,4 @@ def tower_attention() -> tuple[str, str]:
 
 
 def test_a_tower_keeps_its_own_attention(two_ranks: Ranks) -> None:
-    assert two_ranks.run(tower_attention) == [("sdpa", "ulysses")] * 2
+    assert two_ranks.run(tower_attention) == [("sdpa", "packed_sdpa")] * 2

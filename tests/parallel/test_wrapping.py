@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,9 +8,16 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from veomni_parallel import MixedPrecision, ParallelPlan, build_parallelize_model, init_parallel_state
-from veomni_parallel.plan import find_shard_units
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from veomni_parallel import (
+    MixedPrecision,
+    ParallelPlan,
+    build_parallelize_model,
+    clip_grad_norm_,
+    init_parallel_state,
+    resolve_sizes,
+)
+from veomni_parallel.plan import find_frozen_units, find_shard_units
 
 from tests.parallel.parity import Omni, Stranger, build, gradients_of, pack, samples
 
@@ -21,6 +29,27 @@ def test_units_are_the_blocks_that_a_model_declares_also_inside_an_assembled_one
 
 def test_units_of_an_unknown_model_are_its_repeated_blocks() -> None:
     assert list(find_shard_units(Stranger(), ParallelPlan())) == ["blocks.0", "blocks.1"]
+
+
+def test_repeated_blocks_are_found_in_a_sequential_and_before_lists_of_single_layers() -> None:
+    blocks = nn.Sequential(*[nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3)])
+    assert list(find_shard_units(blocks, ParallelPlan())) == ["0", "1", "2"]
+    model = nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "body": blocks})
+    assert list(find_shard_units(model, ParallelPlan())) == ["body.0", "body.1", "body.2"]
+
+
+def test_frozen_parts_are_those_that_are_frozen_as_a_whole_outside_of_units() -> None:
+    model = Omni()
+    assert find_frozen_units(model, find_shard_units(model, ParallelPlan())) == {}
+    tower = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.encoder = nn.ModuleDict({"tower": tower, "head": nn.Linear(8, 8)})
+    for part in (model.encoder, model.projector, model.foundation.model.norm):
+        part.requires_grad_(False)
+    units = find_shard_units(model, ParallelPlan())
+    # a dictionary has no forward of its own, and a leaf stays with its surroundings
+    assert list(find_frozen_units(model, units)) == ["encoder.tower"]
+    tower[0].weight = model.projector.weight
+    assert find_frozen_units(model, units) == {}, "a parameter that is used elsewhere stays with the rest"
 
 
 def test_units_can_be_named() -> None:
@@ -35,7 +64,7 @@ def test_units_can_be_named() -> None:
     ("options", "sentence"),
     [
         ({"mode": "fsdp3"}, "mode='fsdp3' is none of"),
-        ({"activation_checkpointing": "half"}, "activation_checkpointing='half' is neither"),
+        ({"activation_checkpointing": "half"}, "activation_checkpointing='half' is none of"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' is none of"),
         (
             {"plan": ParallelPlan(shard_units=["LlamaBlock"])},
@@ -43,11 +72,20 @@ def test_units_can_be_named() -> None:
         ),
         ({"plan": ParallelPlan(no_shard=["towers.*"])}, r"no_shard: 'towers\.\*' matches no module"),
         ({"mode": "fsdp1", "plan": ParallelPlan(no_shard=["model.norm"])}, 'no_shard is for mode="fsdp2"'),
+        ({"mode": "ddp", "cpu_offload": True}, "DDP keeps every parameter on the device"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         build_parallelize_model(build("llama"), init_parallel_state(device_type="cpu"), **options)
+
+
+def test_a_state_of_another_world_is_refused() -> None:
+    state = replace(init_parallel_state(device_type="cpu"), sizes=resolve_sizes(8))
+    with pytest.raises(
+        ValueError, match="built for 8 ranks, but there are 1: call init_parallel_state in this process"
+    ):
+        build_parallelize_model(build("llama"), state)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp1"])
@@ -63,19 +101,23 @@ def test_one_process_gets_its_own_model_back() -> None:
     assert build_parallelize_model(model, init_parallel_state(device_type="cpu")) is model
 
 
-def wrapped_twice(mode: Any) -> str:
+def wrapped_twice(mode: Any) -> list[str]:
     state = init_parallel_state(device_type="cpu")
     model = build_parallelize_model(build("llama"), state, mode=mode)
-    try:
-        build_parallelize_model(model, state, mode=mode)
-    except ValueError as error:
-        return str(error)
-    return "accepted"
+    messages = []
+    for wrapped in (model, nn.Sequential(model)):
+        try:
+            build_parallelize_model(wrapped, state, mode=mode)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp2"])
 def test_a_wrapped_model_is_refused(mode: str, two_ranks: Ranks) -> None:
-    assert all("is wrapped already" in message for message in two_ranks.run(wrapped_twice, mode))
+    for whole, inside in two_ranks.run(wrapped_twice, mode):
+        assert whole.startswith("The model is wrapped already")
+        assert inside.startswith("0 in it is wrapped already")
 
 
 def frozen(mode: Any) -> dict[str, Any]:
@@ -99,6 +141,55 @@ def test_frozen_parameters_lie_beside_trainable_ones(mode: str, two_ranks: Ranks
             assert name not in got or not got[name].any()
         else:
             torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+class Autoencoder(nn.Module):
+    """Is called by methods that are not its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encode(x)
+
+
+class Latents(nn.Module):
+    """A frozen autoencoder before a trainable part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vae, self.body = Autoencoder().requires_grad_(False), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.vae.encode(x))
+
+
+def latents(mode: Any, cpu_offload: bool) -> dict[str, Any]:
+    state = init_parallel_state(device_type="cpu")
+    model = build_parallelize_model(Latents(), state, mode=mode, cpu_offload=cpu_offload)
+    for _ in range(2):
+        model(torch.ones(2, 4)).square().sum().backward()
+    norm = clip_grad_norm_(model, 1e9, state)
+    units = sum(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
+    return {"gradients": gradients_of(model), "units": units, "norm": norm}
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+@pytest.mark.parametrize("mode", ["fsdp1", "fsdp2"])
+def test_a_frozen_autoencoder_may_be_called_by_a_method(mode: str, cpu_offload: bool, two_ranks: Ranks) -> None:
+    model = Latents()
+    for _ in range(2):
+        model(torch.ones(2, 4)).square().sum().backward()
+    for got in two_ranks.run(latents, mode, cpu_offload):
+        assert got["units"] == (4 if mode == "fsdp2" else 3), "two layers, the autoencoder, the root"
+        torch.testing.assert_close(got["gradients"]["body.weight"], model.body.weight.grad)
+        expected = torch.stack([p.grad.norm() for p in model.body.parameters()]).norm()
+        torch.testing.assert_close(got["norm"], expected)
 
 
 class Branching(nn.Module):

@@ -1,118 +1,120 @@
-"""Ulysses for transformers models, through the public registries of attention and mask functions."""
+"""Packed rows and Ulysses for transformers models, through the public registries of attention and mask functions."""
 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from veomni_parallel.errors import ParallelError
+from veomni_parallel.linear_attention import divide_linear_attention, linear_attention_modules
 from veomni_parallel.mesh import Mesh
-from veomni_parallel.ulysses import ulysses_attention
+from veomni_parallel.overlapped_attention import overlap_exchanges, require_overlap
+from veomni_parallel.packed_rows import (
+    ATTRIBUTE,
+    Place,
+    RowLink,
+    find_cu_seq_lens,
+    links_of,
+    named_arguments,
+    place_of,
+    tokens_of,
+)
+from veomni_parallel.packed_transformers import inner_implementation, register_packed_attention
+from veomni_parallel.padded_rows import pad_packed_rows
 
-NAME = "ulysses"
-"""Name of the attention implementation in transformers' registries."""
-
-_SLICEABLE_LAYERS = {"full_attention", "sliding_attention"}
-
-
-@dataclass
-class _Link:
-    """What the attention modules of one decoder share; each has it as its attribute `ulysses`."""
-
-    group: Any
-    ranks: int
-    rank: int
-    decoder: nn.Module
-    inner: str
-    """Name of the attention implementation that runs on the whole row."""
-    silent: dict[int, str]
-    """id and name of the attention modules that have not called the registered function yet."""
-    masks: dict[Any, Any] = field(default_factory=dict)
-    """Masks of the latest row, by window and dtype."""
-    masks_of: torch.Tensor | None = None
+_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layer types of transformers' configs whose mask is known from the config."""
 
 
-class _LocalHeads:
-    """An attention module as seen by the inner function when the ratio of its heads changed by repetition."""
+def apply_packed_attention(model: nn.Module) -> None:
+    """Keep the samples of packed rows apart in a transformers model, also where its own masks would not.
 
-    def __init__(self, module: nn.Module, groups: int) -> None:
-        self.module, self.num_key_value_groups = module, groups
+    `model.get_decoder()` gets a registered attention function that takes from `cu_seq_lens_q` (or from `position_ids`
+    that restart) and from the layer's window or chunk what a token sees; the implementation that the model was
+    configured with computes it. Linear-attention layers begin anew at each sample. A decoder that cannot be told (its
+    attention does not go through transformers' interface, or its layers mix tokens in other ways) computes the samples
+    of a row as a padded batch. Padded batches, generation and models with an encoder are as before. Call this before
+    wrapping; `build_parallelize_model` and `apply_ulysses` do it.
+    """
+    decoder = model.get_decoder()
+    config = getattr(decoder, "config", None)
+    if config is None or links_of(decoder) or getattr(config, "is_encoder_decoder", False):
+        return
+    attention = _attention_modules(decoder)
+    if _unsliceable(decoder, attention) or not all(_calls_interface(module) for module in attention.values()):
+        if {"attention_mask", "input_ids"} <= set(inspect.signature(decoder.forward).parameters):
+            pad_packed_rows(model, decoder)
+        return
+    link = RowLink(decoder, inner_implementation(decoder.config))
+    _attach(model, link, attention)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
 
-
-def apply_ulysses(model: nn.Module, mesh: Mesh) -> None:
+def apply_ulysses(model: nn.Module, mesh: Mesh, *, overlap: bool = False) -> None:
     """Switch the decoder of a transformers model to attention over rows that are sliced over `mesh`.
 
     `model.get_decoder()` gets a registered attention function; the implementation it was configured with (sdpa, eager,
-    flash, or one registered by the user) runs inside, on the whole row of some heads. Towers beside the decoder keep
-    theirs. Call this before wrapping.
+    flash, or one registered by the user) runs inside, on the whole row of some heads. What a token sees is taken from
+    `cu_seq_lens_q` and the layer's window or chunk. Linear-attention layers take the end of the slice before and
+    exchange heads. Towers beside the decoder keep their attention. Call this before wrapping.
 
     A forward then takes, by keyword, `cu_seq_lens_q` of the whole row and `position_ids` that restart for each sample.
-    Its tokens are either this rank's slice already, or (multimodal models) still the whole row when they reach the
-    decoder: then `inputs_embeds` and `position_ids` are sliced there, and labels are expected sliced.
+    Its tokens are either this rank's slice already (`torch.tensor_split` of the row), or (multimodal models) still the
+    whole row when they reach the decoder: then all that is of the row is sliced there, and labels are expected sliced.
+
+    A model to which this was applied is left as it is: `build_parallelize_model` may follow.
+
+    Args:
+        model: a transformers model.
+        mesh: the ranks that share each row.
+        overlap: let the exchange of some heads be under way while the next are projected; from the second forward on.
 
     Raises:
-        ParallelError: the ranks do not divide the attention heads, a layer mixes tokens in another way than by full or
-            sliding causal attention, or the model's attention cannot be exchanged.
+        ParallelError: the ranks do not divide the attention heads, a layer mixes tokens in another way than by causal
+            (full, sliding, chunked) or linear attention, the model's attention cannot be exchanged, or `overlap` is
+            asked of attention that has no projections of the common form.
         RuntimeError: at the end of the first forward, if an attention module did not call the registered function.
     """
     ranks = mesh.size()
     if ranks == 1:
         return
     decoder = model.get_decoder()
+    if any(link.ranks == ranks for link in links_of(decoder)):
+        return
     config, title = decoder.config, type(decoder).__name__
     attention = _attention_modules(decoder)
-    if config.num_attention_heads % ranks:
+    if attention and config.num_attention_heads % ranks:
         raise ParallelError(
             f"{config.num_attention_heads} attention heads (num_attention_heads of {title}) cannot be divided over"
             f" ulysses={ranks} ranks."
         )
     if reason := _unsliceable(decoder, attention):
         raise ParallelError(f"Ulysses cannot slice the rows of {title}: {reason}; use ulysses=1.")
-
-    inner = config._attn_implementation
-    _register()
-    link = _Link(
-        group=mesh.get_group(),
-        ranks=ranks,
-        rank=mesh.get_local_rank(),
-        decoder=decoder,
-        inner=inner,
-        silent={id(module): name for name, module in attention.items()},
-    )
-    decoder.set_attn_implementation(NAME)
-    if config._attn_implementation != NAME:
-        raise ParallelError(
-            f"Ulysses cannot slice the rows of {title}: its attention does not go through transformers'"
-            " AttentionInterface; use ulysses=1."
-        )
-    for module in attention.values():
-        module.ulysses = link
-    decoder.register_forward_pre_hook(_slice_row, with_kwargs=True)
-    handle: list[Any] = []
-    handle.append(model.register_forward_hook(lambda module, args, output: _guard(link, handle)))
+    link = RowLink(decoder, inner_implementation(config), mesh.get_group(), ranks, mesh.get_local_rank())
+    _attach(model, link, attention)
+    if overlap:
+        overlap_exchanges(attention)
 
 
 @contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Inside, a model under Ulysses computes every row by itself, on each rank: for generation and evaluation."""
-    links = {id(link): link for m in model.modules() if isinstance(link := getattr(m, "ulysses", None), _Link)}
-    for link in links.values():
+    links = links_of(model)
+    names = {id(link): link.decoder.config._attn_implementation for link in links}
+    for link in links:
         link.decoder.set_attn_implementation(link.inner)
+        link.plain = True
     try:
         yield
     finally:
-        for link in links.values():
-            link.decoder.set_attn_implementation(NAME)
+        for link in links:
+            link.decoder.set_attn_implementation(names[id(link)])
+            link.plain = False
 
 
 def _attention_modules(decoder: nn.Module) -> dict[str, nn.Module]:
@@ -128,159 +130,206 @@ def _attention_modules(decoder: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _calls_interface(module: nn.Module) -> bool:
+    """Whether the forward of an attention module looks its attention function up in transformers' registry."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
 def _unsliceable(decoder: nn.Module, attention: dict[str, nn.Module]) -> str | None:
-    """Why the rows of a decoder cannot be sliced, as far as its structure tells; None if nothing speaks against it."""
-    if not attention:
+    """Why rows of a decoder cannot be taken apart, as far as its structure tells; None if nothing speaks against it."""
+    linear = linear_attention_modules(decoder)
+    if not attention and not linear:
         return "it has no attention module"
     if getattr(decoder.config, "is_encoder_decoder", False):
         return "it attends to an encoder"
-    if unknown := sorted(set(getattr(decoder.config, "layer_types", None) or ()) - _SLICEABLE_LAYERS):
+    known = _LAYERS | ({"linear_attention", "conv"} if linear else set())
+    if unknown := sorted(set(getattr(decoder.config, "layer_types", None) or ()) - known):
         return f"it has layers of type {', '.join(unknown)}"
     if free := [name for name, module in attention.items() if not getattr(module, "is_causal", True)]:
         return f"{free[0]} is not causal"
+    mixers = [*attention, *linear]
     for name, layers in decoder.named_children():
         if isinstance(layers, nn.ModuleList):
-            without = [i for i in range(len(layers)) if not any(a.startswith(f"{name}.{i}.") for a in attention)]
+            without = [i for i in range(len(layers)) if not any(m.startswith(f"{name}.{i}.") for m in mixers)]
             if 0 < len(without) < len(layers):
                 return f"{name}.{without[0]} has no attention module, unlike other layers"
     return None
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
+def _attach(model: nn.Module, link: RowLink, attention: dict[str, nn.Module]) -> None:
+    """Register the attention function, give all modules their place, and watch what goes through the decoder."""
+    decoder: Any = link.decoder
+    divided = link.ranks > 1
+    name = register_packed_attention(link.inner)
+    if attention:
+        decoder.set_attn_implementation(name)
+        if decoder.config._attn_implementation != name:
+            if divided:
+                raise ParallelError(
+                    f"Ulysses cannot slice the rows of {type(decoder).__name__}: its attention does not go through"
+                    " transformers' AttentionInterface; use ulysses=1."
+                )
+            pad_packed_rows(model, decoder)
+            return
+    for module_name, module in attention.items():
+        setattr(module, ATTRIBUTE, Place(link, module_name))
+        link.silent.add(module_name)
+    divide_linear_attention(decoder, link)
+    for module in _mask_builders(model, decoder):
+        module.register_forward_pre_hook(partial(_keep_positions, link), with_kwargs=True)
+    decoder.register_forward_pre_hook(_enter_sliced if divided else _enter_whole, with_kwargs=True)
+    if divided:
+        model.register_forward_pre_hook(_require_shifted_labels, with_kwargs=True)
+    handle: list[Any] = []
+    handle.append(model.register_forward_hook(lambda module, args, output: _guard(link, handle)))
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+
+def _mask_builders(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """Models around the decoder that build its masks themselves (Gemma 3: a picture's tokens see each other)."""
+    around = [module for module in model.modules() if module is not decoder and decoder in module.modules()]
+
+    def builds(module: nn.Module) -> bool:
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        return code is not None and any("create_" in name and "mask" in name for name in code.co_names)
+
+    return [module for module in around if builds(module)]
 
 
-def _link_of(decoder: nn.Module) -> _Link:
-    return next(link for m in decoder.modules() if isinstance(link := getattr(m, "ulysses", None), _Link))
+def _keep_positions(
+    link: RowLink, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hand `position_ids` of a packed row to the decoder past the model that builds its masks.
+
+    With them, transformers looks up the blocks that see themselves by places in the sample instead of the row. Without
+    them the mask is right for each sample, and what it shows of other samples is taken away by `cu_seq_lens_q`.
+    """
+    kwargs = named_arguments(model, args, kwargs)
+    if link.plain or kwargs.get("position_ids") is None or find_cu_seq_lens(kwargs) is None:
+        return None
+    link.position_ids = kwargs.pop("position_ids")
+    return (), kwargs
 
 
-def _guard(link: _Link, handle: list[Any]) -> None:
-    if link.decoder.config._attn_implementation != NAME:
+def _take_positions(link: RowLink, kwargs: dict[str, Any]) -> None:
+    if link.position_ids is not None:
+        kwargs["position_ids"], link.position_ids = link.position_ids, None
+
+
+def _require_shifted_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    plain = all(link.plain for link in links_of(model))
+    if not plain and kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
+        raise ParallelError(
+            "Under sequence parallelism labels cannot be shifted inside a slice: give shift_labels (the target of each"
+            " position, sliced like the tokens) besides labels."
+        )
+
+
+def _guard(link: RowLink, handle: list[Any]) -> None:
+    """After the first packed forward: every module must have called the function that keeps samples apart."""
+    if link.plain or link.cu_seq_lens is None:
         return
     if link.silent:
-        names = list(link.silent.values())
+        names = sorted(link.silent)
+        title = type(link.decoder).__name__
+        did_not = (
+            f"{len(names)} attention modules of {title} did not call the registered attention function in the first"
+            f" step ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        )
+        if link.ranks == 1:
+            raise RuntimeError(
+                f"The row is packed, but {did_not}: they would attend to other samples too. Use padded rows."
+            )
         raise RuntimeError(
-            f"Rows are sliced over {link.ranks} Ulysses ranks, but {len(names)} attention modules of"
-            f" {type(link.decoder).__name__} did not call the registered attention function in the first step"
-            f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): they would attend to their slice only. Use"
-            " ulysses=1."
+            f"Rows are sliced over {link.ranks} Ulysses ranks, but {did_not}: they would attend to their slice only."
+            " Use ulysses=1."
         )
     handle[0].remove()
 
 
-def _slice_row(
+def _enter_whole(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of the decoder: check what arrives, and take this rank's slice of what is still whole."""
-    link = _link_of(decoder)
-    if decoder.config._attn_implementation != NAME:
+    """Forward pre-hook of a decoder that is handed whole rows: find out where samples begin."""
+    link = links_of(decoder)[0]
+    link.cu_seq_lens = None
+    if link.plain:
         return args, kwargs
-    kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
-    ends, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if ends is None or position_ids is None:
-        missing = "cu_seq_lens_q" if ends is None else "position_ids"
+    kwargs = named_arguments(decoder, args, kwargs)
+    _take_positions(link, kwargs)
+    link.arguments = frozenset(kwargs)
+    link.cu_seq_lens = cu_seq_lens = find_cu_seq_lens(kwargs)
+    if cu_seq_lens is not None and (found := tokens_of(kwargs)) is not None:
+        if (end := link.bounds(cu_seq_lens)[-1]) != found[1].shape[1]:
+            raise ParallelError(f"{found[0]} has {found[1].shape[1]} tokens, but cu_seq_lens_q ends at {end}.")
+        kwargs["use_cache"] = False
+    return (), kwargs
+
+
+def _enter_sliced(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a decoder under Ulysses: check what arrives, take this rank's slice of what is whole."""
+    link = links_of(decoder)[0]
+    link.cu_seq_lens = None
+    if link.plain:
+        return args, kwargs
+    kwargs = named_arguments(decoder, args, kwargs)
+    _take_positions(link, kwargs)
+    link.arguments = frozenset(kwargs)
+    found, cu_seq_lens, position_ids = tokens_of(kwargs), kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if cu_seq_lens is None or position_ids is None:
+        missing = "cu_seq_lens_q" if cu_seq_lens is None else "position_ids"
         raise ParallelError(
             f"Sequence parallelism needs {missing}: call the model with packed rows (cu_seq_lens_q of the whole row and"
             " position_ids that restart for each sample)."
         )
-    if kwargs.get("attention_mask") is not None:
+    if kwargs.get("past_key_values") is not None:
+        raise ParallelError("A packed row cannot be decoded with a cache: call the model with use_cache=False.")
+    if found is None or found[1].shape[0] != 1:
+        raise ParallelError(
+            "Sequence parallelism takes one packed row [1, T] at a time, as input_ids or inputs_embeds."
+        )
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim < 4:
         raise ParallelError("Sequence parallelism takes its mask from cu_seq_lens_q; attention_mask must be None.")
-    tokens = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
-    length, whole = kwargs[tokens].shape[1], int(ends[-1])
-    if length * link.ranks == whole:
+    kwargs["use_cache"] = False
+    link.cu_seq_lens = cu_seq_lens
+    # decided before the forward: what backward computes again must take the same way
+    overlaps = [place.overlap for m in decoder.modules() if (place := place_of(m)) is not None and place.overlap]
+    link.overlapping = bool(overlaps) and all(decoder.training in overlap.arguments for overlap in overlaps)
+    require_overlap(overlaps)
+    name, tokens = found
+    length, whole = tokens.shape[1], link.bounds(cu_seq_lens)[-1]
+    own = link.own(whole)
+    part = own.stop - own.start
+    if length == part:
         return (), kwargs
     if length != whole:
         raise ParallelError(
-            f"{tokens} has {length} tokens, but cu_seq_lens_q ends at {whole}: under ulysses={link.ranks} it must be"
-            f" the whole row ({whole}) or this rank's slice of it ({whole / link.ranks:g})."
+            f"{name} has {length} tokens, but cu_seq_lens_q ends at {whole}: under ulysses={link.ranks} it must be"
+            f" the whole row ({whole}) or this rank's slice of it ({part})."
         )
-    if whole % link.ranks:
-        raise ParallelError(
-            f"A row of {whole} tokens cannot be sliced over ulysses={link.ranks} ranks: pad it to a multiple."
-        )
-    part = whole // link.ranks
-    own = slice(link.rank * part, (link.rank + 1) * part)
-    kwargs[tokens] = kwargs[tokens][:, own]
-    if position_ids.shape[-1] == whole:
-        kwargs["position_ids"] = position_ids[..., own]
-    for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and whole in value.shape[1:]:
-            raise ParallelError(
-                f"{type(decoder).__name__} was handed {name} of the whole row, which Ulysses cannot slice."
-            )
+    if whole < link.ranks:
+        raise ParallelError(f"A row of {whole} tokens cannot be sliced over ulysses={link.ranks} ranks: pad it.")
+    _slice_deepstack(kwargs, own)
+    for key, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and key != "attention_mask":
+            if value.shape[:2] == (1, whole):
+                kwargs[key] = value[:, own]
+            elif key == "position_ids" and value.shape[-1] == whole:  # M-RoPE: [3, 1, T]
+                kwargs[key] = value[..., own]
+            elif whole in value.shape[1:]:
+                raise ParallelError(
+                    f"{type(decoder).__name__} was handed {key} of the whole row, which Ulysses cannot slice."
+                )
     return (), kwargs
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """What the model sees of a slice makes no mask; `_attention` builds it from the whole row."""
-    return
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention function of the registry. query: [B, H, S/P, D], key, value: [B, Hkv, S/P, D] -> [B, S/P, H, Dv]."""
-    link: _Link = module.ulysses
-    link.silent.pop(id(module), None)
-    kwargs.pop("position_ids", None)  # this slice's: an inner function must not take them for the row's
-
-    def attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        groups = q.shape[1] // k.shape[1]
-        changed = getattr(module, "num_key_value_groups", groups) != groups
-        seen = _LocalHeads(module, groups) if changed else module
-        out, _ = _inner_function(module, link.inner)(seen, q, k, v, _mask(link, module, q, kwargs), **kwargs)
-        return out.transpose(1, 2)  # [B, S, H/P, Dv] -> [B, H/P, S, Dv]
-
-    return ulysses_attention(query, key, value, link.group, attn).transpose(1, 2), None
-
-
-def _inner_function(module: nn.Module, name: str) -> Callable[..., Any]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    # every modeling file has its own eager function, which is not in the registry
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-
-
-def _mask(link: _Link, module: nn.Module, q: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-    """The block-causal mask of the whole row in the inner implementation's own form; None if it needs none."""
-    from transformers import masking_utils
-
-    build = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(link.inner)
-    if build is None:
-        return None
-    ends, window, length = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window"), q.shape[2]
-    layer_types = getattr(module.config, "layer_types", None)
-    if layer_types and layer_types[module.layer_idx] == "sliding_attention" and window is None:
-        raise ParallelError(
-            f"{type(module).__name__} does not tell its attention function the sliding window; use ulysses=1."
-        )
-    if link.masks_of is not ends:
-        link.masks_of, link.masks = ends, {}
-    if (window, q.dtype) not in link.masks:
-        segments = torch.searchsorted(ends[1:], torch.arange(length, device=q.device, dtype=ends.dtype), right=True)[
-            None
-        ]
-        causal = (
-            masking_utils.sliding_window_causal_mask_function(window) if window else masking_utils.causal_mask_function
-        )
-        link.masks[window, q.dtype] = build(
-            batch_size=1,
-            q_length=length,
-            kv_length=length,
-            mask_function=masking_utils.and_masks(masking_utils.packed_sequence_mask_function(segments), causal),
-            attention_mask=None,
-            allow_is_causal_skip=False,
-            dtype=q.dtype,
-            device=q.device,
-            config=module.config,
-        )
-    return link.masks[window, q.dtype]
+def _slice_deepstack(kwargs: dict[str, Any], own: slice) -> None:
+    """Features that are added to some tokens in early layers (DeepStack): those of this slice's tokens."""
+    mask, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+    if mask is None or features is None:
+        return
+    before, here = int(mask[:, : own.start].sum()), int(mask[:, own].sum())
+    kwargs["deepstack_visual_embeds"] = type(features)(value[before : before + here] for value in features)
