@@ -80,7 +80,10 @@ def test_a_rank_that_has_run_dry_gets_a_row_without_a_target(collate: Any) -> No
         ([{"input_ids": [1]}], 'a sample has no "labels" but only'),
         ([{"input_ids": [1, 2], "labels": [1]}], r'"labels" of a sample has shape \[1\]: .* each of the 2 input_ids'),
         ([sample(2, task="sum")], '"task" of a sample is a str'),
-        ([sample(2, mm_token_type_ids=[0, 1]), sample(2)], 'some samples of a micro-batch have "mm_token_type_ids"'),
+        (
+            [sample(2, mm_token_type_ids=[0, 1]), sample(2, pixel_values=torch.zeros(1, 3))],
+            'some samples of a micro-batch have "mm_token_type_ids"',
+        ),
         (
             [sample(2, pixel_values=torch.zeros(1, 3)), sample(2, pixel_values=torch.zeros(1, 4))],
             r'"pixel_values" .* concatenated along dim 0: \[1, 3\] torch.float32, \[1, 4\]',
@@ -90,6 +93,13 @@ def test_a_rank_that_has_run_dry_gets_a_row_without_a_target(collate: Any) -> No
 def test_samples_that_make_no_batch_are_refused_by_key(collate: Any, samples: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         collate(samples)
+
+
+@pytest.mark.parametrize("key", ["mm_token_type_ids", "token_type_ids"])
+def test_text_and_pictures_share_a_row(key: str) -> None:
+    samples = [sample(2), sample(3, pixel_values=torch.ones(1, 4)) | {key: [0, 1, 1]}, sample(1)]
+    assert PackingCollator()(samples)[key].tolist() == [[0, 0, 0, 1, 1, 0]]
+    assert PaddingCollator()(samples)[key].tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral with a window"])

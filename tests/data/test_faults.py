@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import Ranks
 from veomni_data import DataError, build_dataset
@@ -112,6 +113,11 @@ def test_an_epoch_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
         ({"input_ids": [1, 2], "labels": [1]}, '1 "labels" for 2 input_ids'),
         ({"input_ids": [], "labels": []}, "the sample has no token"),
         (None, "a NoneType is no sample"),
+        ({"input_ids": None, "labels": None}, '"input_ids" of the sample is a NoneType'),
+        ({"input_ids": "abc", "labels": "abc"}, '"input_ids" of the sample is a str'),
+        ({"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)}, "has shape [1, 3]: it must have one axis"),
+        ({"input_ids": [1, 2], "labels": [-100, -100]}, "all labels are -100"),
+        ({"input_ids": [1, 2], "labels": torch.tensor([-100, -100])}, "all labels are -100"),
     ],
 )
 def test_what_is_no_sample_is_skipped(sample: Any, what: str, tmp_path: Path) -> None:
@@ -123,6 +129,36 @@ def test_what_is_no_sample_is_skipped(sample: Any, what: str, tmp_path: Path) ->
     (line,) = map(json.loads, log.read_text().splitlines())
     assert what in line["message"]
     assert line["place"] == "sample 9 of the dataset"
+
+
+def encode_nothing(row: Any, how: str) -> Any:
+    if how == "broken":
+        raise DataError("it is broken")
+    return [] if how == "none" else {"input_ids": [1] * 500, "labels": [1] * 500}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["broken", "none", "too long"])
+def test_a_source_that_gives_nothing_is_not_read_for_ever(tmp_path: Path, how: str, workers: int) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 60)
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"sources: [{path}]\nstopping: forever\nschedule: [{{schedule_type: const, weights: [1]}}]\n")
+    data = build_dataset(mix, transform=partial(encode_nothing, how=how))
+    with pytest.raises(DataError, match="epoch 0 has too little for a step"):
+        next(iter(loader(data, max_skipped=1, num_workers=workers)))
+
+
+def encode_only(row: Any) -> Any:
+    return encode(row) if row["number"] == 7 else []
+
+
+def test_one_sample_among_many_that_are_left_out_is_found_by_every_row_again_and_again(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 60)
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"sources: [{path}]\nstopping: forever\nschedule: [{{schedule_type: const, weights: [1]}}]\n")
+    each = loader(build_dataset(mix, transform=encode_only), packing=False)
+    assert [numbers(step) for step, _ in zip(each, range(4), strict=False)] == [[7] * ROWS] * 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -214,6 +250,28 @@ def test_what_stops_one_rank_stops_all_at_the_same_step(tmp_path: Path, two_rank
         assert first == second
         assert steps == 0
         assert 100 <= len(log.read_text().splitlines()) < 200
+
+
+def uneven(row: Any) -> Any:
+    return encode(row) | {"pixel_values": torch.zeros(1, 4 if row["number"] == 77 else 3)}
+
+
+def collate_on_a_rank(path: str) -> tuple[str, int]:
+    steps = 0
+    try:
+        for _ in loader(build_dataset(path, transform=uneven), dist.get_rank(), 2, group=dist.group.WORLD):
+            steps += 1
+    except DataError as error:
+        return str(error), steps
+    return "", steps
+
+
+def test_samples_that_make_no_batch_stop_all_ranks_and_are_named(tmp_path: Path, two_ranks: Ranks) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 600)
+    first, second = two_ranks.run(collate_on_a_rank, path)
+    assert first == second
+    assert '"pixel_values" of the samples of a micro-batch cannot be concatenated' in first[0]
+    assert f"(micro-batch of {path}:" in first[0]
 
 
 def test_a_broken_sample_that_was_held_back_is_skipped_on_resume(tmp_path: Path) -> None:

@@ -229,6 +229,12 @@ def test_states_that_do_not_fit_are_refused() -> None:
         loader(data).load_state_dict([each.state_dict() for each in two])
 
 
+@pytest.mark.parametrize("state", [{}, {"epoch": 1}, None, 5, "state"])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    with pytest.raises(DataError, match=r"each state must be what state_dict\(\) of a loader gave"):
+        loader(samples(50)).load_state_dict([state])
+
+
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
@@ -596,7 +602,7 @@ def test_a_budget_follows_the_steps_of_a_resumed_run() -> None:
 def test_rows_hold_so_many_targets_and_no_more_than_so_many_tokens() -> None:
     data = samples(2000)
     for i, sample in enumerate(data):  # a fifth to all of it is learnt
-        learnt = len(sample["labels"]) * (i % 5 + 1) // 5
+        learnt = max(1, len(sample["labels"]) * (i % 5 + 1) // 5)
         sample["labels"] = [-100] * (len(sample["labels"]) - learnt) + sample["labels"][:learnt]
     batches = [batch for step in loader(data, count="targets") for batch in step]
     targets = [int((batch["shift_labels"] != -100).sum()) for batch in batches]
@@ -699,6 +705,12 @@ def test_a_state_of_many_rows_is_small() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
+        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
+        ({"buffer_size": 0}, "buffer_size=0 must be at least 1"),
+        ({"max_seq_len": 0}, "max_seq_len=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"prefetch_factor": 0}, "prefetch_factor=0 must be at least 1"),
+        ({"worker_timeout": 0}, "worker_timeout=0 must be"),
         ({"too_long": "cut"}, 'too_long="cut" is not one of drop, truncate, split'),
         ({"count": "words"}, 'count="words" is not one of tokens, targets'),
         ({"max_skipped": 2}, "max_skipped=2 is not a share from 0 to 1"),

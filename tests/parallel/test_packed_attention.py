@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from veomni_parallel import MaskRule, ParallelError, apply_packed_attention, packed_attention
+from veomni_parallel import (
+    MaskRule,
+    ParallelError,
+    apply_packed_attention,
+    build_parallelize_model,
+    init_parallel_state,
+    packed_attention,
+)
 from veomni_parallel.packed_attention import sample_bounds, softmax_kernel, stack_pieces
 
 from tests.parallel.families import build_family, loss_of, truth, whole_row
@@ -161,11 +168,12 @@ def test_a_copy_of_the_model_keeps_samples_apart() -> None:
     assert not link.silent
 
 
-def test_models_may_share_a_config() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_models_may_share_a_config(compiled: bool) -> None:
     import transformers
 
     first = build_family("gpt_oss")
-    apply_packed_attention(first)
+    build_parallelize_model(first, init_parallel_state(), compile=compiled)
     torch.manual_seed(0)
     second = transformers.GptOssForCausalLM._from_config(first.config)
     second.load_state_dict(first.state_dict())

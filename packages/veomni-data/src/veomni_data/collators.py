@@ -17,7 +17,8 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 
 IGNORED_LABEL = -100
-TOKEN_KEYS = ("input_ids", "labels", "mm_token_type_ids")  # one value a token: joined along the row
+_TYPES = ("mm_token_type_ids", "token_type_ids")  # which tokens are placeholders, and of what; 0 = text
+TOKEN_KEYS = ("input_ids", "labels", *_TYPES)  # one value a token: joined along the row
 _DUMMY_TOKENS = 4
 _NUMBERS = {torch.int64, torch.float32}  # what lists of numbers become: may stand side by side
 _FRAME_MASKS = ("feature_attention_mask", "input_features_mask")  # transformers' names for which frames are sound
@@ -94,8 +95,8 @@ class PaddingCollator:
                     f"a sample is a row of {len(_lengths(sample))} already (seq_lens), which padding cannot keep "
                     f"apart: collate it with PackingCollator"
                 )
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORED_LABEL, "mm_token_type_ids": 0}
-        batch: Batch = {key: _pad([s[key] for s in samples], fill[key]) for key in _token_keys(samples)}
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORED_LABEL}
+        batch: Batch = {key: _pad([s[key] for s in samples], fill.get(key, 0)) for key in _token_keys(samples)}
         batch["shift_labels"] = _pad([_shift(s["labels"], _lengths(s)) for s in samples], IGNORED_LABEL)
         rows, width = batch["input_ids"].shape
         batch["position_ids"] = torch.arange(width).repeat(rows, 1)
@@ -107,7 +108,10 @@ class PaddingCollator:
 
 
 def _checked(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with tensors for lists; DataError where one cannot be collated."""
+    """The samples with tensors for lists; DataError where one cannot be collated.
+
+    Text beside pictures: a sample that has no tensor of media has no placeholders either, and its types are all 0.
+    """
     checked = []
     for sample in samples:
         # whether a token is padding is decided here, so a mask that a tokenizer gave along is of no use
@@ -134,6 +138,11 @@ def _checked(samples: Sequence[Sample]) -> list[Sample]:
             else:
                 tensors[key] = _as_tensor(key, value)
         checked.append(tensors)
+    for key in _TYPES:
+        if any(key in tensors for tensors in checked):
+            for tensors in checked:
+                if key not in tensors and not _media_keys(tensors):
+                    tensors[key] = torch.zeros_like(tensors["input_ids"])
     return checked
 
 
@@ -199,12 +208,15 @@ def _pad(rows: list[Tensor], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
+def _media_keys(sample: Sample) -> list[str]:
+    return [key for key in sample if key not in TOKEN_KEYS and key not in ("position_ids", "seq_lens")]
+
+
 def _modalities(samples: list[Sample]) -> Batch:
     parts: dict[str, list[Tensor]] = {}
     for sample in samples:
-        for key, value in sample.items():
-            if key not in TOKEN_KEYS and key not in ("position_ids", "seq_lens"):
-                parts.setdefault(key, []).append(value)
+        for key in _media_keys(sample):
+            parts.setdefault(key, []).append(sample[key])
     _pad_frames(parts)
     batch: Batch = {}
     for key, tensors in parts.items():

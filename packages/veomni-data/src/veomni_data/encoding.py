@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .collators import Sample
+from .collators import IGNORED_LABEL, Sample
 from .errors import DataError
 from .lengths import TooLong, fit_sample
 from .source import Ref, Source
@@ -56,6 +56,10 @@ class Encoder:
                 samples = given if isinstance(given, list) else [given]
                 if faulty := next(filter(None, map(self._fault, samples)), None):
                     raise DataError(f"{source.place(request.ref)}: {faulty}")
+                if samples and "labels" in self.needed and all(_all_masked(sample["labels"]) for sample in samples):
+                    raise DataError(
+                        f"{source.place(request.ref)}: all labels are {IGNORED_LABEL}", reason="nothing to learn"
+                    )
                 if all(len(sample["input_ids"]) <= self.max_seq_len for sample in samples):
                     return Example(samples)
                 return self._fit(samples, source, request.ref)
@@ -71,6 +75,12 @@ class Encoder:
         for key in self.needed:
             if key not in sample:
                 return f'the sample has no "{key}" but only {sorted(sample)}: the transform must make them'
+            if not hasattr(sample[key], "__len__") or isinstance(sample[key], (str, bytes)):
+                return (
+                    f'"{key}" of the sample is a {type(sample[key]).__name__}: it must be a list or tensor of integers'
+                )
+            if getattr(sample[key], "ndim", 1) != 1:
+                return f'"{key}" of the sample has shape {list(sample[key].shape)}: it must have one axis, [T]'
             if len(sample[key]) != len(sample["input_ids"]):
                 return f'the sample has {len(sample[key])} "{key}" for {len(sample["input_ids"])} input_ids'
         return None if len(sample["input_ids"]) else "the sample has no token"
@@ -83,6 +93,14 @@ class Encoder:
             except DataError as error:
                 raise DataError(f"{source.place(ref)}: {error}", reason=error.reason) from error
         return Example(fitted, fate={"drop": "dropped", "truncate": "truncated", "split": "split"}[self.too_long])
+
+
+def _all_masked(labels: Any) -> bool:
+    if labels[0] != IGNORED_LABEL:  # the usual case of plain text, without a look at the rest
+        return False
+    if isinstance(labels, list):
+        return labels.count(IGNORED_LABEL) == len(labels)
+    return bool((torch.as_tensor(labels) == IGNORED_LABEL).all())
 
 
 class _Wire(tuple[Any, ...]):

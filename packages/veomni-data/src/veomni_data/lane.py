@@ -11,6 +11,8 @@ from .multisource import Mixture, pass_epoch
 from .rows import RowRules
 from .source import Part, Ref, Source
 
+_IDLE = 1000  # examples without a sample after which a source is not begun again
+
 
 class Plan(NamedTuple):
     """What the shards of an epoch have in common."""
@@ -40,6 +42,7 @@ class Lane:
         self.taken: int = state.get("taken", 0)  # examples of this pass that are put
         self.whole: bool = state.get("whole", False)  # whether a pass is complete
         self.empty: bool = state.get("empty", False)  # whether the source has nothing at all
+        self.idle: int = state.get("idle", 0)  # examples since the last that gave a sample
         self.dry = False  # whether the part has no more
         self.head = 0  # serial of the example that is put next
         self.waiting: deque[Ref] = deque()  # asked for and not put, from the head on
@@ -74,7 +77,15 @@ class Lane:
         return Request(self.source, *found)
 
     def begin_again(self) -> Request | None:
-        """Go over to the next pass that has something in it, and give its first example; None if none has."""
+        """Go over to the next pass that has something in it, and give its first example; None if none has.
+
+        None too where nothing of a whole pass and of the last thousand examples (or, of a small source, of 20 times as
+        many as it has) became a sample: else a source whose examples are all left out would be read for ever.
+        """
+        rows = self._plan.sources[self.source].rows
+        if self.idle >= max(self.taken, _IDLE if rows is None else min(_IDLE, 20 * rows)):
+            self.empty = True
+            return None
         for _ in range(self._plan.shards):
             self.passes, self.taken, self.dry = self.passes + 1, 0, False
             self.part = self._open()
@@ -85,6 +96,7 @@ class Lane:
 
     def put(self) -> None:
         """The example at the head is done."""
+        self.idle = 0 if self.arrived[self.head].samples else self.idle + 1
         self.waiting.popleft()
         del self.arrived[self.head]
         self.head += 1
@@ -97,5 +109,6 @@ class Lane:
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, without what was asked for ahead."""
         state = {"passes": self.passes, "taken": self.taken, "whole": self.whole, "empty": self.empty}
+        state["idle"] = self.idle
         part = self.part.state_dict(list(self.waiting))
         return {**{key: value for key, value in state.items() if value}, "part": part}

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .collators import IGNORED_LABEL, Sample
+from .collators import IGNORED_LABEL, TOKEN_KEYS, Sample
 from .errors import DataError
 
 TooLong = Literal["drop", "truncate", "split"]
 POLICIES: tuple[str, ...] = get_args(TooLong)
 
-_TOKEN_KEYS = ("input_ids", "labels", "mm_token_type_ids", "attention_mask")  # a value a token: [T]
+_TOKEN_KEYS = (*TOKEN_KEYS, "attention_mask")  # a value a token: [T]
 
 
 def fit_sample(sample: Sample, max_seq_len: int, policy: TooLong) -> list[Sample]:
@@ -77,7 +77,7 @@ def _placeholders(sample: Sample, length: int) -> tuple[int, int]:
     media = [k for k in sample if k not in _TOKEN_KEYS and k not in ("position_ids", "seq_lens")]
     if not media:
         return 0, 0
-    kinds = sample.get("mm_token_type_ids")
+    kinds = sample.get("mm_token_type_ids", sample.get("token_type_ids"))
     places = [] if kinds is None else torch.as_tensor(kinds).nonzero().flatten().tolist()
     if not places:
         raise DataError(

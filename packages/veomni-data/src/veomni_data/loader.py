@@ -100,6 +100,12 @@ def build_dataloader(
             f"global_batch_size={global_batch_size} is not a multiple of dp_size * micro_batch_size = "
             f"{dp_size} * {micro_batch_size} = {dp_size * micro_batch_size}"
         )
+    least = {"max_seq_len": (max_seq_len, 1), "buffer_size": (buffer_size, 1), "num_workers": (num_workers, 0)}
+    for name, (value, lowest) in {**least, "prefetch_factor": (prefetch_factor, 1), "seed": (seed, 0)}.items():
+        if value < lowest:
+            raise DataError(f"{name}={value} must be at least {lowest}")
+    if worker_timeout is not None and worker_timeout <= 0:
+        raise DataError(f"worker_timeout={worker_timeout} must be a number of seconds above 0")
     if too_long not in POLICIES:
         raise DataError(f'too_long="{too_long}" is not one of {", ".join(POLICIES)}')
     if count not in get_args(Counted):

@@ -104,7 +104,7 @@ def encode_multimodal_sample(
     sample: Sample = {"input_ids": ids, "labels": labels}
     for key, value in outputs.items():
         if key not in _NO_TENSORS and isinstance(value, Tensor):
-            sample[key] = value[0] if key in TOKEN_KEYS or key == "token_type_ids" else value
+            sample[key] = value[0] if key in TOKEN_KEYS else value
     if generation is not None:
         if not generation.learnt:
             labels[ids == processor.tokenizer.convert_tokens_to_ids(generation.token)] = IGNORED_LABEL

@@ -11,7 +11,7 @@ from .errors import DataError
 
 _TARGET_KEYS = ("labels", "shift_labels")
 _SEGMENT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_TEXT_KEYS = ("input_ids", "position_ids", "mm_token_type_ids", *_TARGET_KEYS)
+_TEXT_KEYS = ("input_ids", "position_ids", "mm_token_type_ids", "token_type_ids", *_TARGET_KEYS)
 
 
 def slice_for_sequence_parallel(batch: Batch, rank: int, size: int, *, pad_token_id: int = 0) -> Batch:
@@ -55,10 +55,10 @@ def slice_for_sequence_parallel(batch: Batch, rank: int, size: int, *, pad_token
 
 def _pad_row(batch: Batch, padding: int, pad_token_id: int) -> Batch:
     padded = dict(batch)
-    fill = {"input_ids": pad_token_id, "mm_token_type_ids": 0, "labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
-    for key, value in fill.items():
-        if key in batch:
-            padded[key] = F.pad(batch[key], (0, padding), value=value)
+    fill = {"input_ids": pad_token_id, "labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
+    for key in _TEXT_KEYS:
+        if key in batch and key != "position_ids":
+            padded[key] = F.pad(batch[key], (0, padding), value=fill.get(key, 0))
     positions: Tensor = batch["position_ids"]
     restart = torch.arange(padding, device=positions.device, dtype=positions.dtype)
     padded["position_ids"] = torch.cat([positions, restart.expand(*positions.shape[:-1], padding)], dim=-1)

@@ -25,6 +25,8 @@ from .rows import Row, example_key
 from .shards import Paused, ShardState, VirtualShard, fresh_state
 from .skips import skips_sentence, too_many, write_skips
 
+_PLACE = ("epoch", "step", "steps_before")  # in a state
+_NAMED = 3  # samples of a micro-batch that cannot be made
 _PAUSE = 100  # broken examples after which a rank asks the others whether to go on, before it has made its rows
 
 Collate = Callable[[list[Sample]], Batch]
@@ -113,7 +115,7 @@ class DataLoader:
             if rows is None:
                 break
             self._step += 1
-            batches = [self._batch(rows[i : i + self._micro_batch_size]) for i in self._starts()]
+            batches = self._batches(rows)
             self._note([[shard, [packed_key(item.key) for item in row or ()]] for shard, row in rows])
             self._feeder.end_step(sum(len(row or ()) for _, row in rows))
             self._failed = False
@@ -161,7 +163,7 @@ class DataLoader:
             shards = [self._start[number] for number in self._numbers]
         else:
             shards = [fresh_state(number, self._counts[number]) for number in self._numbers]
-        where = {"epoch": self._epoch, "step": self._step, "steps_before": self._before}
+        where = dict(zip(_PLACE, (self._epoch, self._step, self._before), strict=True))
         return where | self._identity() | {"shards": shards}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -177,6 +179,11 @@ class DataLoader:
         if isinstance(states, Mapping) or not states:
             raise DataError("load_state_dict needs the list of the states of all ranks that saved")
         for state in states:
+            if not isinstance(state, Mapping) or not {*_PLACE, "shards", *self._identity()} <= state.keys():
+                raise DataError(
+                    f"each state must be what state_dict() of a loader gave, not a {type(state).__name__}"
+                    + (f" with the keys {sorted(map(str, state))}" if isinstance(state, Mapping) else "")
+                )
             for key, value in self._identity().items():
                 if state[key] != value:
                     raise DataError(f"the loader was saved with {key}={state[key]} but is loaded with {key}={value}")
@@ -331,6 +338,14 @@ class DataLoader:
         skipped, seen = sum(shard.counts.skips for shard in shards), sum(shard.counts.seen for shard in shards)
         there = sum(row is not None for row in rows)
         votes = sum_votes(Votes(there, error is not None, paused, skipped, seen), self._group)
+        self._raise_together(error, votes)
+        judged = self._group is not None or self._alone
+        if judged and too_many(votes.skipped, votes.seen, self._max_skipped, self._rows):
+            raise DataError(self._too_many(shards, votes.seen))
+        return votes
+
+    def _raise_together(self, error: Exception | None, votes: Votes) -> None:
+        """Raise on all ranks what one of them has met."""
         if votes.errors:
             text = None if error is None else str(error) or type(error).__name__
             if error is not None and not isinstance(error, DataError):
@@ -340,10 +355,6 @@ class DataLoader:
                 raise error
             # not the exception itself: with its traceback it would keep this frame and the workers
             raise DataError(next(t for t in texts if t is not None))
-        judged = self._group is not None or self._alone
-        if judged and too_many(votes.skipped, votes.seen, self._max_skipped, self._rows):
-            raise DataError(self._too_many(shards, votes.seen))
-        return votes
 
     def _too_many(self, shards: list[VirtualShard], seen: int) -> str:
         own: Counter[str] = Counter()
@@ -373,8 +384,26 @@ class DataLoader:
     def _starts(self) -> range:
         return range(0, len(self._numbers), self._micro_batch_size)
 
+    def _batches(self, rows: list[tuple[int, Row | None]]) -> list[Batch]:
+        """The micro-batches of a step; if those of one rank cannot be made, all raise, so that none waits for it."""
+        batches: list[Batch] = []
+        error: Exception | None = None
+        try:
+            for start in self._starts():
+                batches.append(self._batch(rows[start : start + self._micro_batch_size]))
+        except Exception as raised:
+            error = raised
+        self._raise_together(error, sum_votes(Votes(0, error is not None, 0, 0, 0), self._group))
+        return batches
+
     def _batch(self, rows: Sequence[tuple[int, Row | None]]) -> Batch:
-        batch = self._collate([item.sample for _, row in rows for item in row or ()])
+        items = [item for _, row in rows for item in row or ()]
+        try:
+            batch = self._collate([item.sample for item in items])
+        except DataError as error:
+            places = [self._plan.sources[item.source].place(item.ref) for item in items]
+            named = ", ".join(places[:_NAMED]) + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
+            raise DataError(f"{error} (micro-batch of {named})", reason=error.reason) from error
         if not self._pin:
             return batch
         return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -7,6 +7,7 @@ files build theirs without position ids, and samples of a packed row then see ea
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +42,7 @@ def inner_implementation(config: Any) -> str:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name: str = config._attn_implementation
-    registered = ALL_ATTENTION_FUNCTIONS.get(name)
+    registered = inspect.unwrap(ALL_ATTENTION_FUNCTIONS.get(name) or len)  # compiled models register it wrapped
     ours = isinstance(registered, partial) and registered.func is _attention
     return registered.args[0] if ours else name
 

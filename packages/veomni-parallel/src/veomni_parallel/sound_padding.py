@@ -17,11 +17,11 @@ SAMPLES = "samples_of_sounds"
 
 
 def keep_sounds_apart(model: nn.Module, tower: nn.Module) -> None:
-    """Make a tower of that kind give sounds the features that they have in their sample alone; leave others as they are.
+    """Make a tower of that kind give sounds the features that they have in their sample alone; others stay the same.
 
     The tower cuts sounds into chunks of `2 * n_window` frames, pads all to the longest, and convolves three times.
-    Behind the first convolution padding is no longer zero, so the end of a sound shorter than a chunk depends on whether
-    a longer sound is in the row. Here what lies behind the longest chunk of a sample is set to zero again.
+    Behind the first convolution padding is no longer zero, so the end of a sound shorter than a chunk depends on
+    whether a longer sound is in the row. Here what lies behind the longest chunk of a sample is set to zero again.
 
     Args:
         model: the model around the tower, which is handed the packed row.
