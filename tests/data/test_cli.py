@@ -298,6 +298,10 @@ def test_prepared_data_are_shown_without_a_tokenizer_being_named(
         ),
         (["inspect", "chats.jsonl", "--tokenizer", "tokenizer", "--chat-template", "x"], "no chat template is called"),
         (["inspect", "chats.jsonl", "--tokenizer", "tokenizer", "--html", "no/x.html"], "no/x.html"),
+        (
+            ["inspect", "chats.jsonl", "--tokenizer", "tokenizer", "--chat-template", "no.jinja"],
+            "no.jinja: No such file or directory",
+        ),
         (["prepare", "chats.jsonl", "tokenizer", "--tokenizer", "tokenizer", "--max-seq-len", "64"], "is not empty"),
         (["stats", "chats.jsonl", "--tokenizer", "tokenizer", "--png", "x.nonsense"], "x.nonsense cannot be written"),
     ],

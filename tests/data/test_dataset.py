@@ -247,7 +247,7 @@ def test_samples_of_a_tar_have_random_access(tmp_path: Path) -> None:
     assert len(dataset) == 3
     assert dataset[0] == {"__key__": "x/0", "txt": "zero", "seg.png": b"\x89"}
     assert dataset[-1]["txt"] == "again"
-    with pytest.raises(DataError, match=r"a\.tar, sample 0: sample 0: \.json is not JSON"):
+    with pytest.raises(DataError, match=r"a\.tar, sample 0: \.json is not JSON"):
         dataset[1]
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:2000])
     with pytest.raises(DataError, match=r"a\.tar"):
@@ -357,6 +357,21 @@ def test_the_parts_of_a_mapping_have_every_row_once_and_go_on_from_a_state(tmp_p
             order.append(drawn[0])
     assert sorted(order) == list(range(50))
     assert source.place(49) == f"{tmp_path}/rows.jsonl:50"
+
+
+def test_an_iteration_goes_on_behind_a_broken_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{broken\n{"n": 3}\n')
+    rows = iter(build_dataset(tmp_path / "a.jsonl"))
+    assert next(rows) == {"n": 1}
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
+        next(rows)
+    assert list(rows) == [{"n": 3}]
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_not_the_folder_where_we_are(path: str) -> None:
+    with pytest.raises(DataError, match="the path of the data is empty"):
+        build_dataset(path)
 
 
 def test_another_kind_is_refused(tmp_path: Path) -> None:

@@ -106,6 +106,11 @@ def test_tools_may_be_json_and_bare_functions() -> None:
     assert "tools" not in normalize_example({"messages": [ASKED, ANSWERED], "tools": None})
 
 
+def test_speakers_are_known_in_capitals_too() -> None:
+    turns = [{"from": "Human", "value": "What is their sum?"}, {"from": "Assistant", "value": "eight"}]
+    assert messages({"conversations": turns}) == [ASKED, ANSWERED]
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -113,6 +118,9 @@ def test_tools_may_be_json_and_bare_functions() -> None:
         {"type": "image", "path": "a.png"},
         {"type": "image", "url": "a.png"},
         {"type": "image_url", "image_url": "a.png"},
+        {"type": "input_image", "image_url": "a.png"},
+        {"type": "image", "image_url": "a.png", "detail": "low"},
+        {"type": "image", "source": "a.png"},
     ],
 )
 def test_a_part_says_where_its_picture_is_in_any_way(part: dict[str, Any]) -> None:
@@ -138,6 +146,10 @@ def test_the_row_is_left_as_it_was() -> None:
         ({"messages": "[1"}, '"messages" is not JSON'),
         ({"messages": [ASKED, ANSWERED], "tools": "{"}, '"tools" is not JSON'),
         ({"messages": [ASKED, ANSWERED], "tools": [1]}, '"tools" must be a list of descriptions'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "picture": "a.png"}]}], "images": ["b.png"]},
+            'the image part of message 1 of "messages" has "picture", but what it shows is expected in one of image',
+        ),
         ({"prompt": "x"}, 'a "prompt" but no "completion"'),
         ({"instruction": "x", "output": 3}, '"output" must be a text, not 3'),
         ({"instruction": "x", "output": "y", "history": ["z"]}, '"history" must be a list of pairs'),

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from veomni_data import DataError, PackingCollator, build_dataloader, build_dataset
+from veomni_data.chat_template import CHATML
 from veomni_data.pipeline import DataDescription, build_pipeline
 from veomni_data.prepare import prepare
 from veomni_data.prepared import decode_rows, encode_prepared_rows
@@ -180,6 +181,21 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(chats: D
         file.write(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
     with pytest.raises(DataError, match="prepared with input_rows 60, now it is 61"):
         prepare(chats, tmp_path / "out")
+
+
+def test_a_tokenizer_that_changed_in_its_folder_is_seen(chats: DataDescription, tmp_path: Path) -> None:
+    prepare(chats, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(chats.tokenizer)
+    tokenizer.chat_template = CHATML.replace("system", "sys") + "{# changed #}"
+    tokenizer.save_pretrained(chats.tokenizer)
+    with pytest.raises(DataError, match="was prepared with tokenizer_sha256"):
+        prepare(chats, tmp_path / "out")
+
+
+def test_where_nothing_can_be_prepared_it_is_said_why_and_nothing_stays(chats: DataDescription, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"nothing of the {ROWS} rows .*: {ROWS} dropped as too long for a row"):
+        prepare(dataclasses.replace(chats, max_seq_len=8), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_things_is_not_written_into(chats: DataDescription, tmp_path: Path) -> None:

@@ -93,6 +93,29 @@ def test_what_is_wrong_with_a_sound_is_named(sound: Any, sentence: str) -> None:
     assert error.value.reason == "broken sound"
 
 
+@pytest.mark.parametrize("container", ["mp4", "matroska", "mp3"])
+def test_a_damaged_sound_is_a_broken_sample_and_never_another_error(container: str) -> None:
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as out:
+        stream = out.add_stream("mp3" if container == "mp3" else "aac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone()[None], format="fltp", layout="mono")
+        frame.sample_rate = RATE
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            out.mux(packet)
+    whole = np.frombuffer(file.getvalue(), np.uint8)
+    numbers = np.random.default_rng(0)
+    reasons = set()
+    for count in (1, 5, 50, 300) * 60:
+        damaged = whole.copy()
+        damaged[numbers.integers(len(whole), size=count)] = numbers.integers(256, size=count)
+        try:
+            load_sound(damaged.tobytes(), sampling_rate=RATE)
+        except DataError as error:
+            reasons.add(error.reason)
+    assert reasons == {"broken sound"}
+
+
 def test_a_missing_or_forbidden_file_has_its_own_reason(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "a.wav").write_bytes(encoded(tone()))

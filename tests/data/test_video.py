@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,33 @@ def test_what_is_wrong_with_a_video_is_named_with_its_reason(tmp_path: Path) -> 
         with pytest.raises(DataError, match=sentence) as error:
             load_video(video, tmp_path)
         assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_video_is_a_broken_sample_and_never_another_error(tmp_path: Path, seed: int) -> None:
+    whole = np.frombuffer(write_video(tmp_path / "a.mp4", frames=10), np.uint8)
+    numbers = np.random.default_rng(seed)
+    reasons = set()
+    for _ in range(20):
+        damaged = whole.copy()
+        damaged[numbers.integers(len(whole), size=50)] = numbers.integers(256, size=50)
+        try:
+            load_video(damaged.tobytes())
+        except DataError as error:
+            reasons.add(error.reason)
+    assert reasons <= {"broken video", "no frames", "too many pixels"}
+
+
+def test_a_video_whose_header_tells_a_false_length_takes_no_memory_for_it(tmp_path: Path) -> None:
+    content = write_video(tmp_path / "a.mkv", frames=10)
+    at = content.index(b"\x44\x89\x88") + 3  # Matroska's Duration: eight bytes, in milliseconds
+    damaged = content[:at] + struct.pack(">d", 1e9) + content[at + 8 :]  # 25 million frames
+    tracemalloc.start()
+    try:
+        assert brightness(load_video(damaged, fps=25).frames) == pytest.approx(range(10), abs=1)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_video_of_giant_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `veomni-data inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ImportError) as error:  # ImportError: a package that is optional; many lines if from a worker
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"veomni-data: {(what.strip() or type(error).__name__).splitlines()[-1]}", file=sys.stderr)
+        return USER_ERROR
+    except ImportError as error:  # a package that is optional; many lines if from a worker
         print(f"veomni-data: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:

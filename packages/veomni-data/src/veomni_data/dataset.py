@@ -141,7 +141,7 @@ class MappingDataset(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         if self.mixture is None:
-            return (self[i] for i in range(len(self)))
+            return map(self.__getitem__, range(len(self)))  # goes on behind a row that raised, as a mixture does
         return Interleaved(self.sources, self.mixture, seed=self.seed, epoch=self.epoch)
 
     def set_epoch(self, epoch: int) -> None:

@@ -124,6 +124,8 @@ def find_files(path: str | Path, split: str = "train") -> list[DataFile | HubDat
         DataError: there is no such thing.
     """
     text = str(path)
+    if not text.strip():
+        raise DataError('the path of the data is empty: the folder where we are is "."')
     if "://" in text and not text.startswith("file://") and "," not in text:
         return list(_find_remote(text))
     whole = Path(text.removeprefix("file://")).expanduser()

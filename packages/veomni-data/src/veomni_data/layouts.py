@@ -41,7 +41,8 @@ _PARTS = {
     "input_audio": "audio",
 }
 # where a part holds its picture, video or sound, beside under its own type
-_HOLDERS = ("path", "url", "base64", "bytes", "data")
+_HOLDERS = ("path", "url", "base64", "bytes", "data", "source")
+_BESIDE = ("type", "text", "detail", "format")
 _KNOWN = (
     "messages or conversations (a list of turns with role and content, or from and value), prompt and completion, "
     "instruction and output, or chosen and rejected"
@@ -199,13 +200,13 @@ def _message(turn: Any, place: str, turn_keys: _TurnKeys) -> Message:
     # Arrow gives each message the keys of all
     message = {name: value for name, value in turn.items() if value is not None and name not in (who, words)}
     role, content = turn[who], turn.get(words)
-    message = {"role": role if role in _OURS else ROLES.get(role, role), "content": content, **message}
+    message = {"role": role if role in _OURS else _role(role), "content": content, **message}
     if who != "role" and message["role"] not in _OURS:
         raise DataError(
             f'{place} is from "{role}": known are {", ".join([*_OURS, *ROLES])}',
             reason="bad row",
         )
-    if role == "function_call":
+    if role.lower() == "function_call":
         message |= {"content": None, "tool_calls": _function_calls(content, place)}
     if "tool_calls" in message:
         message["tool_calls"] = [_tool_call(call, place) for call in message["tool_calls"]]
@@ -219,6 +220,12 @@ def _message(turn: Any, place: str, turn_keys: _TurnKeys) -> Message:
     if message["content"] is not None and not isinstance(message["content"], str):
         message["content"] = _parts(message["content"], place)
     return message
+
+
+def _role(name: str) -> str:
+    """The role that a speaker's name means, also written "Human" or "USER"; the name itself if none is known."""
+    small = name.lower()
+    return small if small in _OURS else ROLES.get(small, name)
 
 
 def _parts(content: Any, place: str) -> list[dict[str, Any]]:
@@ -237,10 +244,18 @@ def _part(part: Any, place: str) -> dict[str, Any]:
             return {"type": "text", "text": part["text"]}
         if name in _PARTS:
             kind = _PARTS[name]
-            held = next((part[key] for key in (name, kind, *_HOLDERS) if part.get(key) is not None), None)
+            keys = (name, *(key for key, held in _PARTS.items() if held == kind), *_HOLDERS)
+            held = next((part[key] for key in keys if part.get(key) is not None), None)
             found: dict[str, Any] = {"type": kind}
             if held is not None:
                 found["value"] = held
+            elif odd := [key for key, value in part.items() if key not in _BESIDE and _may_hold(value)]:
+                # else it would take the next of the column, which may be another one's
+                raise DataError(
+                    f'the {kind} part of {place} has "{odd[0]}", but what it shows is expected in one of '
+                    f"{', '.join(dict.fromkeys(keys))}",
+                    reason="bad row",
+                )
             if part.get("generation") is not None:
                 found["generation"] = bool(part["generation"])
             return found
@@ -249,6 +264,10 @@ def _part(part: Any, place: str) -> dict[str, Any]:
         f"{_shown(part)}",
         reason="bad row",
     )
+
+
+def _may_hold(value: Any) -> bool:
+    return value is not None and not isinstance(value, (int, float))
 
 
 def _function_calls(value: Any, place: str) -> list[Any]:

@@ -88,6 +88,7 @@ def prepare(
         "seed": seed,
         "input_rows": len(pipeline.rows),
         "input_bytes": _input_bytes(pipeline),
+        "tokenizer_sha256": _tokenizer_digest(pipeline),
     }
     manifest = read_finished(out, request)
     if manifest is not None:
@@ -108,6 +109,15 @@ def _input_bytes(pipeline: Pipeline) -> int:
     """The bytes of the data files, by which it is seen that they changed."""
     files = [getattr(file, "file", None) for source in pipeline.rows.sources for file, _ in source.files]
     return sum(file.size or 0 for file in files if file is not None)
+
+
+def _tokenizer_digest(pipeline: Pipeline) -> str:
+    """By which it is seen that what lies in the tokenizer's folder, or its chat template, changed."""
+    tokenizer = pipeline.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_finished(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -288,7 +298,16 @@ def _reasons(skipped: list[dict[str, Any]]) -> str:
 def _finish(out: Path, request: dict[str, Any], totals: _Totals, parts: _Parts) -> dict[str, Any]:
     """Write the manifest, by which the folder becomes readable."""
     if not totals.counts["rows"]:
-        raise DataError(f"nothing of the {request['input_rows']} rows could be prepared: {_reasons(totals.skipped)}")
+        for number in range(len(parts)):
+            parts.path(number).unlink()
+        (out / BEGUN).unlink()
+        if not any(out.iterdir()):
+            out.rmdir()
+        longer = [f"{totals.counts[how]} {how} as too long for a row" for how in _LONGER if totals.counts[how]]
+        reasons = ", ".join(filter(None, [_reasons(totals.skipped), *longer]))
+        raise DataError(
+            f"nothing of the {request['input_rows']} rows could be prepared: {reasons or 'they hold no token'}"
+        )
     entries = []
     for number in range(len(parts)):
         path = parts.path(number)

@@ -15,6 +15,9 @@ from .video import import_av
 
 Wave = npt.NDArray[np.float32]
 
+_BLOCK = 1 << 20  # frames read at a time
+_LOWEST_RATE = 100  # samples a second; a false one that is lower would, resampled, become a huge wave
+
 
 def load_sound(
     sound: Any,
@@ -51,7 +54,7 @@ def load_sound(
     else:
         label = "a sound"
         wave, rate = decoded
-    if rate <= 0:
+    if rate < _LOWEST_RATE:
         raise DataError(f"{label} has a sampling rate of {rate}", reason="broken sound")
     if max_seconds is not None:
         wave = wave[: round(max_seconds * rate)]
@@ -101,12 +104,19 @@ def _read(attachment: Attachment, max_seconds: float | None) -> tuple[Wave, int]
     try:
         with soundfile.SoundFile(attachment.open()) as file:
             rate: int = file.samplerate
-            count = -1 if max_seconds is None else round(max_seconds * rate)
-            wave = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
-            if len(wave) < file.frames and (count < 0 or len(wave) < count):
+            wanted = file.frames if max_seconds is None else min(file.frames, round(max_seconds * rate))
+            # in blocks: as much memory as there is sound, not as a damaged header says
+            pieces, left = [np.zeros(0, np.float32)], wanted
+            while left > 0 and len(piece := file.read(min(left, _BLOCK), dtype="float32", always_2d=True)):
+                pieces.append(piece.mean(axis=1))
+                left -= len(piece)
+            wave = np.concatenate(pieces)
+            if left > 0:
                 raise DataError(f"{attachment.label} ends after {len(wave) / rate:.3f} s", reason="broken sound")
             return wave, rate
-    except soundfile.LibsndfileError as error:  # a container of another kind, or damaged
+    except DataError:
+        raise
+    except Exception as error:  # a container of another kind, or damaged
         return _read_with_av(attachment, max_seconds, error)
 
 
@@ -136,7 +146,9 @@ def _read_with_av(attachment: Attachment, max_seconds: float | None, why: Except
                 blocks += [block.to_ndarray()[0] for block in mono.resample(frame)]
                 if sum(map(len, blocks)) >= most:
                     break
-    except av.error.FFmpegError as error:
+    except DataError:
+        raise
+    except Exception as error:  # PyAV raises many kinds for a damaged file
         raise DataError(f"{attachment.label} cannot be decoded: {error}", reason="broken sound") from error
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate
 

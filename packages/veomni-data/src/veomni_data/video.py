@@ -75,9 +75,11 @@ def load_video(
     av = import_av(attachment.label)
     try:
         duration, rate = _duration(av, attachment)
-        wanted = _times(duration, min(fps, rate), max_frames)
-        taken = list(_take(av, attachment, wanted, 0.5 / rate, max_pixels))
-    except av.error.FFmpegError as error:
+        count, per_second = _sampling(duration, min(fps, rate), max_frames)
+        taken = list(_take(av, attachment, count, per_second, 0.5 / rate, max_pixels))
+    except DataError:
+        raise
+    except Exception as error:  # PyAV raises many kinds for a damaged file
         raise DataError(f"{attachment.label} cannot be decoded: {error}", reason="broken video") from error
     if not taken:
         raise DataError(f"{attachment.label} has no frames", reason="no frames")
@@ -117,30 +119,33 @@ def _duration(av: Any, attachment: Attachment) -> tuple[float, float]:
         return packets / rate, rate
 
 
-def _times(duration: float, fps: float, max_frames: int | None) -> list[float]:
-    """When frames are taken, in seconds: every 1 / fps from the start, or `max_frames` spread over the whole."""
+def _sampling(duration: float, fps: float, max_frames: int | None) -> tuple[int, float]:
+    """How many frames are taken, and how many a second: `fps` from the start, or `max_frames` spread over the whole.
+
+    They are no list, which would be as long as a damaged header says that the video is.
+    """
     # the hair keeps 5.28 s * 25 / s from being 131 frames
     count = max(1, int(duration * fps + 1e-6))
     if max_frames is None or count <= max_frames:
-        return [k / fps for k in range(count)]
-    return [k * duration / max_frames for k in range(max_frames)]
+        return count, fps
+    return max_frames, max_frames / duration
 
 
 def _take(
-    av: Any, attachment: Attachment, wanted: Sequence[float], slack: float, max_pixels: int | None
+    av: Any, attachment: Attachment, count: int, per_second: float, slack: float, max_pixels: int | None
 ) -> Iterator[tuple[float, Frames]]:
-    """The first frame at or after each wanted time (less `slack`), with its time in seconds from the first frame."""
+    """The first frame at or after each of `count` times (less `slack`), with its seconds from the first frame."""
     with av.open(attachment.open()) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         first: float | None = None
         number = held = 0
         for frame in container.decode(stream):
-            if number == len(wanted):
+            if number == count:
                 return
             time = frame.time if frame.time is not None else 0.0
             first = time if first is None else first
-            if time - first < wanted[number] - slack:
+            if time - first < number / per_second - slack:
                 continue
             width, height = limited_size(frame.width, frame.height, max_pixels)
             held += width * height
@@ -152,7 +157,7 @@ def _take(
             pixels = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
             yield time - first, np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
             # a gap in the video may have passed several wanted times
-            while number < len(wanted) and wanted[number] - slack <= time - first:
+            while number < count and number / per_second - slack <= time - first:
                 number += 1
 
 

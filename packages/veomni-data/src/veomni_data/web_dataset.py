@@ -89,7 +89,7 @@ class TarStream:
             if suffix in values:
                 raise DataError(f'sample {key} has two files ".{suffix}"', reason="bad row")
             data = read_bytes(self.file, *content) if isinstance(content, tuple) else content
-            values[suffix] = _decode(data, key, suffix)
+            values[suffix] = _decode(data, suffix)
         return checked_values(values)
 
     def place(self, position: int) -> str:
@@ -136,12 +136,12 @@ def _split(name: str) -> tuple[str, str] | None:
     return (f"{folder}{slash}{stem}", suffix.lower()) if stem and dot and not stem.startswith("__") else None
 
 
-def _decode(data: bytes, key: str, suffix: str) -> Any:
+def _decode(data: bytes, suffix: str) -> Any:
     kind = suffix.rpartition(".")[2]
     try:
         if kind == "json":
             return json.loads(data)
         return data.decode() if kind == "txt" else data
     except (ValueError, RecursionError) as error:
-        message = f"sample {key}: .{suffix} is not {'JSON' if kind == 'json' else 'UTF-8'} ({error})"
+        message = f".{suffix} is not {'JSON' if kind == 'json' else 'UTF-8'} ({error})"
         raise DataError(message, reason="bad row") from error
