@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .ledger import Ledger, Line, read_ledger
-from .multisource import pass_epoch
+from .multisource import shard_part
 from .rows import item_place
-from .source import Ref, Source, epoch_order, sources_of
+from .source import Ref, SequenceSource, Source, sources_of
 
 _SHOWN = 5  # counter-examples of a kind
 
@@ -181,23 +181,18 @@ class _Epoch:
         shards, seed = self._manifest["global_batch_size"], self._manifest["seed"]
         passes = 1 + max((example[1] for example in self._given if example[0] == number), default=0)
         order_number = described.get("order_number")
-        if source is None and order_number is None:
+        if order_number is not None:
+            source = SequenceSource(range(described["rows"]), order_number=order_number)
+        if source is None:
             return None
 
-        def orders() -> Iterator[tuple[int, int, list[Ref]]]:
+        def orders(source: Source) -> Iterator[tuple[int, int, list[Ref]]]:
             for again in range(passes):
-                epoch = pass_epoch(self._epoch, again)
-                if order_number is not None:
-                    order = epoch_order(described["rows"], seed, epoch, order_number)
                 for shard in range(shards):
-                    part_number = (shard + again) % shards
-                    if order_number is not None:
-                        yield shard, again, order[part_number::shards].tolist()
-                    elif source is not None:
-                        part = source.part(part_number, shards, seed=seed, epoch=epoch)
-                        yield shard, again, [found[0] for found in iter(part.next, None)]
+                    part = shard_part(source, shard, shards, again, seed=seed, epoch=self._epoch)
+                    yield shard, again, [found[0] for found in iter(part.next, None)]
 
-        return orders()
+        return orders(source)
 
     def _left_out(self, number: int, orders: Iterator[tuple[int, int, list[Ref]]], report: EpochReport) -> list[str]:
         lost = []

@@ -58,8 +58,8 @@ class PackingCollator:
         samples = _checked(samples) or [_dummy(self.pad_token_id)]
         lengths = [length for sample in samples for length in _lengths(sample)]
         batch: Batch = {key: torch.cat([s[key] for s in samples])[None] for key in _token_keys(samples)}
-        batch["shift_labels"] = torch.cat([_shift(s["labels"], _lengths(s)) for s in samples])[None]
-        batch["position_ids"] = torch.cat([_restarting([n]) for n in lengths])[None]
+        batch["shift_labels"] = _shift(batch["labels"][0], lengths)[None]
+        batch["position_ids"] = _restarting(lengths)[None]
         if axes := _axes(samples):
             own = torch.cat([_positions(s, axes) for s in samples], dim=-1)[:, None]
             with_text = self.text_positions and axes > 1
@@ -198,9 +198,8 @@ def _restarting(lengths: list[int]) -> Tensor:
 
 def _shift(labels: Tensor, lengths: list[int]) -> Tensor:
     """[T] -> [T]: the target of position t is label t + 1; the last position of each sample has none."""
-    shifted = torch.cat([labels[1:], labels.new_tensor([IGNORED_LABEL])])
-    for end in accumulate(lengths):
-        shifted[end - 1] = IGNORED_LABEL
+    shifted = labels.roll(-1)
+    shifted[torch.tensor(lengths).cumsum(0) - 1] = IGNORED_LABEL
     return shifted
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from .errors import DataError
 from .files import DataFile, first_line
+from .hub import without_progress_bars
 from .prepared import decode_rows, is_prepared
 
 _BATCH_BYTES = 1 << 20  # decoded at once when streaming: one stream is open for each row of a step
@@ -73,14 +74,31 @@ class ParquetIndex:
         return f"{self.file.name}, row {index + 1}"
 
 
-class ParquetStream:
-    """The rows of a Parquet file in batches. A position is a row from 0."""
+class _RowStream:
+    """A file whose rows have numbers: a position is a row from 0."""
 
-    cut: Literal["rows"] = "rows"
-    seekable = False  # a row can only be read with those of its row group before it
+    seekable = False  # a row can only be read with those of its row group or batch before it
 
     def __init__(self, file: DataFile) -> None:
         self.file = file
+
+    def values(self, position: int, payload: Any) -> dict[str, Any]:
+        """The columns of a row that was read."""
+        return dict(payload)
+
+    def place(self, position: int) -> str:
+        """The file and row."""
+        return f"{self.file.name}, row {position + 1}"
+
+    def quick_place(self, position: int, payload: Any) -> str:
+        """The same."""
+        return self.place(position)
+
+
+class ParquetStream(_RowStream):
+    """The rows of a Parquet file in batches."""
+
+    cut: Literal["rows"] = "rows"
 
     def count(self) -> int:
         """The number of rows."""
@@ -109,26 +127,12 @@ class ParquetStream:
                             return
                 first += group.num_rows
 
-    def values(self, position: int, payload: Any) -> dict[str, Any]:
-        """The columns of a row that was read."""
-        return dict(payload)
 
-    def place(self, position: int) -> str:
-        """The file and row."""
-        return f"{self.file.name}, row {position + 1}"
-
-    def quick_place(self, position: int, payload: Any) -> str:
-        """The same."""
-        return self.place(position)
-
-
-class ArrowStream:
-    """The rows of an Arrow IPC file or stream. A position is a row from 0."""
-
-    seekable = False
+class ArrowStream(_RowStream):
+    """The rows of an Arrow IPC file or stream."""
 
     def __init__(self, file: DataFile) -> None:
-        self.file = file
+        super().__init__(file)
         # behind a URL, counting the rows of a stream would read the whole of it
         self.cut: Literal["rows"] | None = "rows" if file.local is not None else None
 
@@ -158,18 +162,6 @@ class ArrowStream:
                 at += batch.num_rows
                 if end is not None and at >= end:
                     return
-
-    def values(self, position: int, payload: Any) -> dict[str, Any]:
-        """The columns of a row that was read."""
-        return dict(payload)
-
-    def place(self, position: int) -> str:
-        """The file and row."""
-        return f"{self.file.name}, row {position + 1}"
-
-    def quick_place(self, position: int, payload: Any) -> str:
-        """The same."""
-        return self.place(position)
 
 
 def _rows_at_once(rows: int, size: int) -> int:
@@ -219,12 +211,8 @@ def _read_batches(source: Any, name: str) -> Iterator[Any]:
 def _convert_parquet(file: DataFile) -> Any:
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
-        return datasets.Dataset.from_parquet(str(file.local))
+        with without_progress_bars():
+            return datasets.Dataset.from_parquet(str(file.local))
     except Exception as error:  # whatever a damaged column chunk makes of it
         raise DataError(f"{file.name} cannot be read: {first_line(error.__cause__ or error)}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

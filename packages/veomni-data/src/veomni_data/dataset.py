@@ -17,7 +17,7 @@ from .json_array import ArrayIndex, ArrayStream, is_array
 from .lines import LineIndex, LineStream, parse_json_line, parse_text_line
 from .multisource import Interleaved, Mixture, SourceEntry, read_multisource
 from .row import Row, rename_columns, transform_row
-from .source import Order, Ref, SequencePart, epoch_order
+from .source import IndexedSource, Ref
 from .stream import StreamFile, StreamingDataset, StreamSource
 from .web_dataset import TarIndex, TarStream
 
@@ -40,7 +40,7 @@ class RowFile(Protocol):
         ...
 
 
-class MappedSource:
+class MappedSource(IndexedSource):
     """The rows of files one after the other, with random access, and shuffled by epoch in any number of parts.
 
     Args:
@@ -65,24 +65,14 @@ class MappedSource:
         self.name = name
         self.files = list(files)
         self.transform = transform
-        self.order_number = number
         self._columns = columns
         self._root = root
         self._label = label
         self._ends = list(accumulate(len(file) for file, _ in self.files))
-        self.rows: int | None = len(self)
-        self._order: tuple[tuple[int, int], Order] | None = None
+        super().__init__(len(self), number)
 
     def __len__(self) -> int:
         return self._ends[-1]
-
-    def part(
-        self, number: int, parts: int, *, seed: int, epoch: int, state: dict[str, Any] | None = None
-    ) -> SequencePart:
-        """One of a number of parts; see `Source.part`."""
-        if self._order is None or self._order[0] != (seed, epoch):
-            self._order = (seed, epoch), epoch_order(len(self), seed, epoch, self.order_number)
-        return SequencePart(self._order[1][number::parts].copy(), 0 if state is None else state["next"])
 
     def encode(self, raw: Any) -> Any:
         """What the transform makes of a row, or the row; DataError, with file and line, where it is broken."""
@@ -104,9 +94,6 @@ class MappedSource:
     def _find(self, index: int) -> tuple[RowFile, Path | None, int]:
         at = bisect.bisect_right(self._ends, index)
         return (*self.files[at], index - (self._ends[at - 1] if at else 0))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_order": None}
 
 
 class MappingDataset(Sequence[Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,25 @@ def _folder(name: str) -> Path | None:
 def _load(name: str, subset: str | None, split: str, *, streaming: bool) -> Any:
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
+        with without_progress_bars():
+            return datasets.load_dataset(name, subset, split=split, streaming=streaming)
     except Exception as error:  # the hub cannot be reached, has no such dataset, or it cannot be read
         what = f"{name} cannot be loaded"
         if _folder(name) is None:
             what = f"{name} is no file here and cannot be loaded from the Hugging Face hub"
         raise DataError(f"{what}: {first_line(error)}", reason="missing file") from error
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Inside, `datasets` shows no progress bars."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
     finally:
         if shown:
             datasets.enable_progress_bars()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .encoding import Example, Request
-from .multisource import Mixture, pass_epoch
+from .multisource import Mixture, shard_part
 from .rows import RowRules
 from .source import Part, Ref, Source
 
@@ -53,11 +53,9 @@ class Lane:
         self.part = self._open(state.get("part"))
 
     def _open(self, state: dict[str, Any] | None = None, passes: int | None = None) -> Part:
-        plan, passes = self._plan, self.passes if passes is None else passes
-        # each pass another part, so that all shards come to read a source with fewer examples than shards
-        number = (self._number + passes) % plan.shards
-        epoch = pass_epoch(plan.epoch, passes)
-        return plan.sources[self.source].part(number, plan.shards, seed=plan.seed, epoch=epoch, state=state)
+        plan, source = self._plan, self._plan.sources[self.source]
+        passes = self.passes if passes is None else passes
+        return shard_part(source, self._number, plan.shards, passes, seed=plan.seed, epoch=plan.epoch, state=state)
 
     @property
     def amount(self) -> float:

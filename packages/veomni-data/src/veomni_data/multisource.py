@@ -116,6 +116,17 @@ def pass_epoch(epoch: int, passes: int) -> int:
     return epoch + (passes << 32)
 
 
+def shard_part(
+    source: Source, shard: int, shards: int, passes: int, *, seed: int, epoch: int, state: dict[str, Any] | None = None
+) -> Part:
+    """What a virtual shard reads of a source in a pass, within an epoch.
+
+    It is another part in each pass, so that all shards come to read a source with fewer examples than shards.
+    """
+    number = (shard + passes) % shards
+    return source.part(number, shards, seed=seed, epoch=pass_epoch(epoch, passes), state=state)
+
+
 class Interleaved(Iterator[Any]):
     """What one of the parts of several sources gives in an epoch, drawn by the weights of a mixture.
 

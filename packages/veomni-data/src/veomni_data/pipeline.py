@@ -15,6 +15,7 @@ from .chat_template import ChatTemplate, get_chat_template
 from .collators import PackingCollator, PaddingCollator, Sample
 from .dataset import build_dataset
 from .errors import DataError
+from .files import first_line
 from .layouts import normalize_example
 from .multimodal import encode_multimodal_sample
 from .placeholders import KINDS
@@ -277,8 +278,7 @@ def _from_pretrained(auto: Any, folder: str, what: str) -> Any:
     try:
         return auto.from_pretrained(str(Path(folder).expanduser()), trust_remote_code=False)
     except Exception as error:  # a folder can be wrong in many ways
-        reason = str(error).strip().split("\n", 1)[0]
-        raise DataError(f"{folder} holds no {what} that transformers can load: {reason}") from error
+        raise DataError(f"{folder} holds no {what} that transformers can load: {first_line(error)}") from error
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -347,4 +347,4 @@ def run_workers(tasks: Any, workers: int, order: Sequence[Any]) -> Iterator[Any]
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(f"a worker process died (out of memory?): {str(error).splitlines()[0]}") from error
+        raise DataError(f"a worker process died (out of memory?): {first_line(error)}") from error

@@ -10,8 +10,8 @@ from .collators import Batch, PackingCollator, PaddingCollator, Sample
 from .encoding import Encoder, Request
 from .errors import DataError
 from .ledger import read_ledger
-from .multisource import pass_epoch
-from .rows import item_place
+from .multisource import shard_part
+from .rows import example_name, item_place
 from .source import Part, Ref, sources_of
 
 
@@ -54,11 +54,10 @@ def replay(
     for shard, keys in line.rows:
         for key in keys:
             ref, _, _, source, passes = item_place(key)
-            wanted[f"{source} {passes} {ref}"] = (source, passes, shard, ref)
+            wanted[example_name(source, passes, ref)] = (source, passes, shard, ref)
 
     def part(source: int, passes: int, shard: int) -> Part:
-        epoch = pass_epoch(line.epoch, passes)
-        return sources[source].part((shard + passes) % shards, shards, seed=manifest["seed"], epoch=epoch)
+        return shard_part(sources[source], shard, shards, passes, seed=manifest["seed"], epoch=line.epoch)
 
     parts = {place[:3]: part(*place[:3]) for place in wanted.values()}
     samples: dict[str, list[Sample]] = {}
@@ -73,7 +72,7 @@ def replay(
         row = []
         for key in keys:
             ref, piece, pieces, source, passes = item_place(key)
-            made = samples[f"{source} {passes} {ref}"]
+            made = samples[example_name(source, passes, ref)]
             if len(made) != pieces:
                 raise DataError(f"{sources[source].place(ref)} gives {len(made)} samples, but gave {pieces} in the run")
             row.append(made[piece])

@@ -36,6 +36,11 @@ def example_key(source: int, passes: int, ref: Ref) -> list[Any]:
     return _trimmed([ref, 0, 0, source, passes])
 
 
+def example_name(source: int, passes: int, ref: Ref) -> str:
+    """An example as a key of a dict: a ref may be a list."""
+    return f"{source} {passes} {ref}"
+
+
 def item_place(key: Sequence[Any]) -> tuple[Ref, int, int, int, int]:
     """The ref, piece, number of pieces, source and passes of a `key`."""
     ref, piece, more, source, passes = [*key, 0, 0, 0, 0][:5]

@@ -16,7 +16,7 @@ from .encoding import Example, Request
 from .errors import DataError
 from .lane import Lane, Plan
 from .multisource import Draws, choose
-from .rows import Fault, Item, Row, item_place
+from .rows import Fault, Item, Row, example_name, item_place
 from .source import Part, Ref
 
 ShardState = dict[str, Any]
@@ -105,7 +105,7 @@ class VirtualShard:
         found = {}
         for key in self._held:
             ref, _, _, source, passes = item_place(key)
-            found[_example_name(source, passes, ref)] = (source, passes, ref)
+            found[example_name(source, passes, ref)] = (source, passes, ref)
         return list(found.values())
 
     def fetcher(self, source: int, passes: int) -> Part:
@@ -137,7 +137,7 @@ class VirtualShard:
     def arrive(self, ask: Ask, example: Example) -> None:
         """Take in what a request of this shard gave."""
         if ask.serial < 0:
-            self._found[_example_name(ask.request.source, ask.passes, ask.request.ref)] = example
+            self._found[example_name(ask.request.source, ask.passes, ask.request.ref)] = example
             self.to_refill -= 1
             if not self.to_refill:
                 self._refill()
@@ -294,7 +294,7 @@ class VirtualShard:
         skipped: set[str] = set()
         for place, key in enumerate(self._held):
             ref, piece, _, source, passes = item_place(key)
-            name = _example_name(source, passes, ref)
+            name = example_name(source, passes, ref)
             example = self._found[name]
             if example.fault is not None:  # it was whole when the state was saved
                 if name not in skipped:
@@ -314,7 +314,3 @@ class VirtualShard:
 def fresh_state(shard: int, counts: Counts | None = None) -> ShardState:
     """The state of a shard at the beginning of an epoch."""
     return {"shard": shard, "counts": {} if counts is None else counts.state_dict()}
-
-
-def _example_name(source: int, passes: int, ref: Ref) -> str:
-    return f"{source} {passes} {ref}"  # a ref may be a list

@@ -88,14 +88,16 @@ def epoch_order(rows: int, seed: int, epoch: int, number: int = 0) -> Order:
     return np.random.default_rng((seed, epoch, number)).permutation(rows)
 
 
-class SequenceSource:
-    """Any object with a length and random access, whose items are samples or lists of samples."""
+class IndexedSource:
+    """What sources with random access have in common: their indices, shuffled by epoch, in any number of parts.
 
-    name = "data"
+    Args:
+        rows: how many examples there are.
+        order_number: the place among several sources, which are shuffled apart.
+    """
 
-    def __init__(self, dataset: Any, *, order_number: int = 0) -> None:
-        self.dataset = dataset
-        self.rows: int | None = len(dataset)
+    def __init__(self, rows: int, order_number: int) -> None:
+        self.rows: int | None = rows
         self.order_number = order_number
         self._order: tuple[tuple[int, int], Order] | None = None  # the latest: all parts of an epoch ask for the same
 
@@ -107,6 +109,19 @@ class SequenceSource:
             self._order = (seed, epoch), epoch_order(self.rows or 0, seed, epoch, self.order_number)
         return SequencePart(self._order[1][number::parts].copy(), 0 if state is None else state["next"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_order": None}  # which is of no use to a worker
+
+
+class SequenceSource(IndexedSource):
+    """Any object with a length and random access, whose items are samples or lists of samples."""
+
+    name = "data"
+
+    def __init__(self, dataset: Any, *, order_number: int = 0) -> None:
+        super().__init__(len(dataset), order_number)
+        self.dataset = dataset
+
     def encode(self, raw: Any) -> Any:
         """The item at an index; its DataError names the index."""
         try:
@@ -117,9 +132,6 @@ class SequenceSource:
     def place(self, ref: Ref) -> str:
         """Which item it is."""
         return f"sample {ref} of the dataset"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_order": None}
 
 
 class SequencePart:
