@@ -67,9 +67,22 @@ def test_drop_last_ends_before_the_first_step_that_misses_a_row() -> None:
     dropped, _ = together(data, 2)
     kept, _ = together(data, 2, drop_last=False)
     assert kept[: len(dropped)] == dropped
-    assert 0 <= len(kept) - len(dropped) <= 3
+    assert len(kept) - len(dropped) == 1
     assert len(together(samples(31), 1, packing=False)[0]) == 31 // ROWS
     assert len(together(samples(31), 1, packing=False, drop_last=False)[0]) == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_drop_last_leaves_out_less_than_a_step_though_some_parts_are_much_longer(ranks: int) -> None:
+    rng = random.Random(0)
+    lengths = [rng.choice((8, 16, 40)) for _ in range(600)]
+    data = [{"input_ids": [i + 1] * n, "labels": [i + 1] * n} for i, n in enumerate(lengths)]
+    made, _ = together(data, ranks)
+    tokens = [sum(len(data[number]["input_ids"]) for number in step) for step in made]
+    assert sum(tokens) / len(tokens) > 0.9 * ROWS * 64
+    missing = set(range(len(data))) - set(chain(*made))
+    assert sum(len(data[number]["input_ids"]) for number in missing) < ROWS * 64
+    assert len(list(chain(*made))) == len(data) - len(missing)
 
 
 def test_a_rank_that_has_run_dry_makes_the_last_step_without_targets() -> None:

@@ -164,14 +164,12 @@ class _Epoch:
         return report
 
     def _missing_rows(self, last: int) -> list[str]:
-        every = range(self._manifest["global_batch_size"])
+        rows = self._manifest["global_batch_size"]
         absent = [step for step in range(self._before + 1, last + 1) if step not in self._rows]
         problems = [f"step {step} is not in the ledger" for step in absent]
         for step, shards in sorted(self._rows.items()):
-            if wrong := [shard for shard in every if shards[shard] != 1]:
-                twice = [shard for shard in wrong if shards[shard]]
-                what = f"{len(twice)} rows twice" if twice else f"no line for {len(wrong)} of its {len(every)} rows"
-                problems.append(f"step {step} has {what}")
+            if (number := sum(shards.values())) != rows:
+                problems.append(f"step {step} has {number} rows in the ledger, not {rows}")
         return _shortened(problems)
 
     def _orders(

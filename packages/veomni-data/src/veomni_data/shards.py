@@ -1,4 +1,4 @@
-"""The virtual shards of an epoch: fixed parts of all sources, each of which gives one row a step.
+"""The virtual shards of an epoch: fixed parts of all sources, each of which gives one row a step, as long as it can.
 
 There are as many as rows in a step, whatever the number of ranks, workers and micro-batches, so that none of these
 changes which samples a step is made of, and a state saved by N ranks is that of any M.
@@ -48,12 +48,13 @@ class VirtualShard:
     Args:
         plan: of the epoch.
         state: `fresh_state` or where to go on; what was held back then is to be given by `arrive` first.
+        step: steps of the epoch that are made, of which the weights of a mixture and a budget depend; to be kept true.
     """
 
-    def __init__(self, plan: Plan, state: ShardState) -> None:
+    def __init__(self, plan: Plan, state: ShardState, step: int = 0) -> None:
         self.number: int = state["shard"]
         self.counts = Counts.from_state(state.get("counts", {}))
-        self.rows: int = state.get("rows", 0)  # given in this epoch
+        self.step = step
         self.faults: list[Fault] = []  # since they were last taken
         self.left_out: list[Fault] = []  # whole examples that gave no sample, or only such that were too long, likewise
         self.urgent: deque[Ask] = deque()  # without these the next row cannot be made
@@ -80,7 +81,7 @@ class VirtualShard:
         if self._buffer is not None and not self._held:
             buffer = self._buffer.state_dict()
             held, waited = [item.key for item in buffer["samples"]], buffer.get("waited", [])
-        state: ShardState = {"shard": self.number, "counts": self.counts.state_dict(), "rows": self.rows}
+        state: ShardState = {"shard": self.number, "counts": self.counts.state_dict()}
         state |= {"draws": self._draws, "current": self._current, "piece": self._piece, "over": self._over}
         state |= {"lanes": [lane.state_dict() for lane in self._lanes], "held": held}
         return state | ({"waited": waited} if waited else {})
@@ -147,7 +148,7 @@ class VirtualShard:
     def outlook(self) -> Outlook:
         """What the next row may cost; only of shards whose rules have a cost."""
         if isinstance(self._buffer, BalancedBuffer):
-            return self._buffer.outlook(self._rules.capacity(self._plan.first_step + self.rows))
+            return self._buffer.outlook(self._rules.capacity(self._plan.first_step + self.step))
         return Outlook(0.0, 0.0)
 
     def next_row(
@@ -165,9 +166,7 @@ class VirtualShard:
         self._read_current()
         while True:
             if self._current is None and not self._draw():
-                row = self._pop_row(target)
-                self.rows += row is not None
-                return row
+                return self._pop_row(target)
             assert self._current is not None
             lane = self._lanes[self._current]
             while lane.head not in lane.arrived:
@@ -182,7 +181,6 @@ class VirtualShard:
                 lane.put()
                 self._current, self._piece = None, 0
             if done is not None:
-                self.rows += 1
                 return done
             if example.fault is not None and pause():
                 return PAUSED
@@ -226,7 +224,7 @@ class VirtualShard:
 
     def _choose(self, draw: int, ahead: bool = False) -> int | None:
         if self._plan.mixture is not None:
-            weights = self._plan.mixture.weights(self._plan.first_step + self.rows)
+            weights = self._plan.mixture.weights(self._plan.first_step + self.step)
             if any(lane.empty for lane in self._lanes):
                 weights = tuple(0.0 if lane.empty else w for w, lane in zip(weights, self._lanes, strict=True))
         elif len(self._lanes) == 1:
@@ -253,7 +251,7 @@ class VirtualShard:
         if mixture.stopping == "first_exhausted":
             self._over = True
         elif mixture.stopping == "all_exhausted":
-            drawable = mixture.drawable(self._plan.first_step + self.rows)
+            drawable = mixture.drawable(self._plan.first_step + self.step)
             self._over = all(each.whole or not d for each, d in zip(self._lanes, drawable, strict=True))
         request = None if self._over else lane.begin_again()
         if request is not None:
@@ -276,13 +274,13 @@ class VirtualShard:
         self.faults.append(Fault(source, passes, ref, *fault))
 
     def _put(self, item: Item, target: Target | None) -> Row | None:
-        capacity = self._rules.capacity(self._plan.first_step + self.rows)
+        capacity = self._rules.capacity(self._plan.first_step + self.step)
         if isinstance(self._buffer, BalancedBuffer):
             return self._buffer.put(item, capacity, target)
         return [item] if self._buffer is None else self._buffer.put(item, capacity)
 
     def _pop_row(self, target: Target | None) -> Row | None:
-        capacity = self._rules.capacity(self._plan.first_step + self.rows)
+        capacity = self._rules.capacity(self._plan.first_step + self.step)
         if isinstance(self._buffer, BalancedBuffer):
             return self._buffer.pop_row(capacity, target)
         return None if self._buffer is None else self._buffer.pop_row(capacity)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import Votes, exchange_rows, first_value, gather_outlooks, gather_values, sum_votes
+from .agreement import Votes, exchange_rows, fill_up, first_value, gather_outlooks, gather_values, sum_votes
 from .balance import Outlook, Target, step_target
 from .collators import Batch, Sample
 from .counts import Counts, total_counts
@@ -30,6 +30,7 @@ _NAMED = 3  # samples of a micro-batch that cannot be made
 _PAUSE = 100  # broken examples after which a rank asks the others whether to go on, before it has made its rows
 
 Collate = Callable[[list[Sample]], Batch]
+Tail = tuple[list[int], list[tuple[int, Row | None]]]  # the shards of all rows of a step; this rank's rows with theirs
 
 
 class DataLoader:
@@ -79,6 +80,7 @@ class DataLoader:
         self._start: list[ShardState] | None = None  # of all shards, where that iteration begins; None: at the first
         self._start_step = 0
         self._steps: int | None = None  # of the epoch, once counted
+        self._tail: dict[int, Tail] = {}  # steps in which a shard has no row left, once counted
         self._shards: list[VirtualShard] | None = None  # of the iteration that is under way
         self._counts = {number: Counts() for number in self._numbers}  # while none is
         self._failed = False  # in the midst of a step
@@ -115,6 +117,8 @@ class DataLoader:
             if rows is None:
                 break
             self._step += 1
+            for shard in shards:
+                shard.step = self._step
             batches = self._batches(rows)
             self._note([[shard, [packed_key(item.key) for item in row or ()]] for shard, row in rows])
             self._feeder.end_step(sum(len(row or ()) for _, row in rows))
@@ -134,7 +138,7 @@ class DataLoader:
         if not is_list_of_samples(self.dataset):
             raise TypeError("the number of steps is not known before the samples are encoded")
         if self._steps is None:
-            self._steps = self._start_step + self._count_steps()
+            self._steps = self._count_steps()
         return self._steps
 
     def set_epoch(self, epoch: int) -> None:
@@ -253,7 +257,7 @@ class DataLoader:
     def _open_shards(self, numbers: Iterable[int]) -> list[VirtualShard]:
         plan = self._plan._replace(epoch=self._epoch, first_step=self._before)
         if self._start is not None:
-            return [VirtualShard(plan, self._start[number]) for number in numbers]
+            return [VirtualShard(plan, self._start[number], self._start_step) for number in numbers]
         return [VirtualShard(plan, fresh_state(number, self._counts.get(number))) for number in numbers]
 
     def _begin_ledger(self, ledger: LedgerWriter) -> None:
@@ -271,37 +275,69 @@ class DataLoader:
 
     def _next_rows(self, shards: list[VirtualShard]) -> list[tuple[int, Row | None]] | None:
         """The rows of this rank for the next step, with the shards they are of; None if there is no next step."""
-        rows: list[Row | None] = []
         error = self._refill(shards)
         target = None if self._plan.rules.cost is None else self._target(shards, error)
+        rows, votes = self._make_rows(shards, target, error)
+        if self._group is None and not self._alone:
+            return self._foreseen_rows(shards, rows, target)
+        have = dict(zip(self._numbers, rows, strict=True))
+        givers: list[int | None] = list(range(self.global_batch_size))
+        if tail := 0 < votes.rows < self.global_batch_size:
+            givers = fill_up(have, shards, self._step, lambda asked: self._make_rows(asked, target)[0], self._group)
+        if (None in givers and self._drop_last) or not votes.rows:
+            return None
+        given = {place: row for place, row in have.items() if row is not None}
+        self._count_given((givers[place], row) for place, row in given.items())
+        by_cost = self._plan.rules.cost is not None
+        if self._group is not None and not self._alone and (by_cost or tail):
+            dealt = exchange_rows(given, self.global_batch_size, self._group, by_cost)
+        else:
+            dealt = list(have.items())
+        return [(place if (giver := givers[place]) is None else giver, row) for place, row in dealt]
+
+    def _make_rows(
+        self, shards: Sequence[VirtualShard], target: Target | None, error: Exception | None = None
+    ) -> tuple[list[Row | None], Votes]:
+        """A row of each of these shards, and how all ranks stand after it; `error` has been met before."""
+        every = self._shards or []
+        rows: list[Row | None] = []
         while True:
             paused = False
             try:
                 while error is None and len(rows) < len(shards):
                     shard = shards[len(rows)]
-                    row = shard.next_row(partial(self._feeder.wait, shard), target, partial(self._pauses, shards))
+                    row = shard.next_row(partial(self._feeder.wait, shard), target, partial(self._pauses, every))
                     if isinstance(row, Paused):
                         paused = True
                         break
                     rows.append(row)
-                self._take_faults(shards)
+                self._take_faults(every)
             except Exception as raised:
                 error = raised
-            votes = self._vote(shards, rows, error, paused)
+            votes = self._vote(every, rows, error, paused)
             if not votes.paused:
-                break
-        if self._group is None and not self._alone:
-            there = self._step < len(self)
-        else:
-            there = votes.rows == self.global_batch_size if self._drop_last else votes.rows > 0
-        if not there:
+                return rows, votes
+
+    def _foreseen_rows(
+        self, shards: list[VirtualShard], rows: list[Row | None], target: Target | None
+    ) -> list[tuple[int, Row | None]] | None:
+        """`_next_rows` of ranks that have no group, but have counted the steps beforehand."""
+        if self._step >= len(self):
             return None
+        made = list(zip(self._numbers, rows, strict=True))
+        givers, own = self._tail.get(self._step, (list(self._numbers), made))
         for shard, row in zip(shards, rows, strict=True):
+            for _ in range(givers.count(shard.number) - (row is not None)):
+                made.append((shard.number, self._make_rows([shard], target)[0][0]))
+        self._count_given(made)
+        return own
+
+    def _count_given(self, rows: Iterable[tuple[int | None, Row | None]]) -> None:
+        own = {shard.number: shard for shard in self._shards or ()}
+        for number, row in rows:
             for item in row or ():
-                shard.counts.give(item.source, item.tokens)
-        if self._group is not None and not self._alone and self._plan.rules.cost is not None:
-            return exchange_rows(rows, self._numbers.start, self._group)
-        return list(zip(self._numbers, rows, strict=True))
+                assert number is not None
+                own[number].counts.give(item.source, item.tokens)
 
     def _refill(self, shards: list[VirtualShard]) -> Exception | None:
         """Encode again what the shards held back when their state was saved; what went wrong with it."""
@@ -428,21 +464,32 @@ class DataLoader:
         for shard in shards:
             while shard.to_refill:
                 feeder.wait(shard)
-        steps = 0
+        self._tail = {}
+        step = self._start_step
         while True:
             target = None
             if self._plan.rules.cost is not None:
                 target = step_target([shard.outlook() for shard in shards])
-            rows = [shard.next_row(partial(feeder.wait, shard), target) for shard in shards]
-            if any(row is None for row in rows) if self._drop_last else all(row is None for row in rows):
-                break
-            steps += 1
+
+            def make(asked: list[VirtualShard], target: Target | None = target) -> list[Any]:
+                return [shard.next_row(partial(feeder.wait, shard), target) for shard in asked]
+
+            have = dict(enumerate(make(shards)))
+            if any(row is None for row in have.values()):
+                givers = fill_up(have, shards, step, make, None)
+                if (None in givers) if self._drop_last else not any(have.values()):
+                    break
+                given = [(place if giver is None else giver, have[place]) for place, giver in enumerate(givers)]
+                self._tail[step] = [g for g in givers if g is not None], [given[place] for place in self._numbers]
+            step += 1
+            for shard in shards:
+                shard.step = step
         if self._group is None and not self._alone:
             skipped, seen = sum(shard.counts.skips for shard in shards), sum(shard.counts.seen for shard in shards)
             if too_many(skipped, seen, self._max_skipped, self._rows):
                 self._last_fault = next(fault.message for shard in shards for fault in shard.faults)
                 raise DataError(self._too_many(shards, seen))
-        return steps
+        return step
 
 
 def is_list_of_samples(dataset: Any) -> bool:
