@@ -53,9 +53,9 @@ def build_dataloader(
     """A loader whose steps do not depend on the number of ranks, workers or micro-batches.
 
     A step has `global_batch_size` rows over all data-parallel ranks; a row is up to `max_seq_len` tokens of samples if
-    `packing`, else one sample. Row s comes from the s-th of `global_batch_size` fixed parts of the epoch's order, as long
-    as that has any, and then from those that have more; each rank has a block of them, and `micro_batch_size` rows make
-    a micro-batch.
+    `packing`, else one sample. Row s comes from the s-th of `global_batch_size` fixed parts of the epoch's order as
+    long as that has any, and then from those that have more. Each rank has a block of rows, and `micro_batch_size` rows
+    make a micro-batch.
 
     Args:
         dataset: what `build_dataset` gives; a sequence of which `dataset[i]` is a sample `{"input_ids", "labels", ...}`
