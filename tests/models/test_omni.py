@@ -43,7 +43,9 @@ def test_a_packed_row_is_the_plain_transformers_parts_on_each_sample_alone() -> 
     tower.load_state_dict(omni.encoders["image"].state_dict())
     text = AutoModelForCausalLM.from_config(copy.deepcopy(omni.config.text_config), attn_implementation="eager")
     text.load_state_dict(omni.foundation.state_dict())
-    features = omni.projectors["image"](tower(inputs["pixel_values"]).last_hidden_state)
+    patches = tower(inputs["pixel_values"]).last_hidden_state.view(3, 4, 4, 16)  # [pictures, height, width, C]
+    corners = [patches[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    features = omni.projectors["image"](torch.cat(corners, dim=-1).flatten(1, 2))
     logits = omni(**inputs, use_cache=False).logits[0].split(SAMPLES["lengths"])
     first = 0
     ids = inputs["input_ids"][0].split(SAMPLES["lengths"])

@@ -30,7 +30,8 @@ def test_a_tokenizer_of_text_gets_a_placeholder_and_a_token_to_pad_with(tmp_path
     processor.save_pretrained(tmp_path / "saved")
     again = OmniProcessor.from_pretrained(tmp_path / "saved")
     assert again.tokenizer("this <image>")["input_ids"] == [4, 5]
-    assert (again.tokens_per_image, again.image_token_id) == (4, 5)
+    assert again.image_token_id == 5
+    assert again(text=["<image>"], images=[Image.new("L", (30, 20))])["input_ids"] == [[5, 5, 5, 5]]
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

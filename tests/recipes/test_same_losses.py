@@ -64,7 +64,9 @@ def true_losses(arguments: list[str]) -> list[float]:
         total = 0.0
         for sample in samples:
             embeds = text.get_input_embeddings()(sample["input_ids"])
-            features = projector(tower(sample["pixel_values"]).last_hidden_state).flatten(0, 1)
+            patches = tower(sample["pixel_values"]).last_hidden_state.unflatten(1, (4, 4))  # [n, height, width, C]
+            corners = [patches[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+            features = projector(torch.cat(corners, dim=-1)).flatten(0, 2)
             pictures = (sample["input_ids"] == processor.image_token_id).nonzero().flatten()
             logits = text(inputs_embeds=embeds.index_copy(0, pictures, features)[None], use_cache=False).logits[0]
             loss = torch.nn.functional.cross_entropy(logits[:-1], sample["labels"][1:], reduction="sum") / targets

@@ -12,15 +12,25 @@ from veomni_models.omni_config import OmniConfig, is_omni_folder
 from veomni_models.omni_processor import OmniProcessor, build_omni_processor
 from veomni_models.plan import plan_for
 from veomni_models.preference import dpo_loss, orpo_loss, simpo_loss
-from veomni_models.projectors import MLPProjector
+from veomni_models.projectors import (
+    LinearProjector,
+    MLPProjector,
+    PerceiverProjector,
+    PixelShuffleProjector,
+    register_projector,
+)
 from veomni_models.segment_attention import register_segment_attention
+from veomni_models.towers import register_encoder
 
 __all__ = [
+    "LinearProjector",
     "MLPProjector",
     "ModelError",
     "OmniConfig",
     "OmniModel",
     "OmniProcessor",
+    "PerceiverProjector",
+    "PixelShuffleProjector",
     "build_foundation_model",
     "build_omni_model",
     "build_omni_processor",
@@ -35,7 +45,9 @@ __all__ = [
     "load_encoders",
     "orpo_loss",
     "plan_for",
+    "register_encoder",
     "register_omni_model",
+    "register_projector",
     "register_segment_attention",
     "simpo_loss",
     "sum_by_sample",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from veomni_models.errors import ModelError
 
@@ -80,7 +82,14 @@ def _visit(module: nn.Module, owner: PreTrainedModel) -> None:
     with _whole_parameters(module, recurse=not nested):
         for child in module.children():
             _visit(child, child if isinstance(child, PreTrainedModel) else owner)
+        _draw_parametrized(module)
         owner._init_weights(module)
+
+
+def _draw_parametrized(module: nn.Module) -> None:
+    """Weights that are computed of others (weight norm), which `_init_weights` cannot write: as torch draws them."""
+    if is_parametrized(module, "weight"):
+        module.weight = nn.init.kaiming_uniform_(torch.empty_like(cast(torch.Tensor, module.weight)), a=math.sqrt(5))
 
 
 @contextmanager

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from veomni_models.errors import ModelError
 from veomni_models.foundation import attention_for, load_config, one_line
 from veomni_models.initialization import copy_weights, initialize_weights
-from veomni_models.omni_config import OmniConfig, encoder_config, is_omni_folder, tokens_per_picture
-from veomni_models.projectors import MLPProjector
+from veomni_models.omni_config import MODALITIES, OmniConfig, encoder_configs, is_omni_folder
+from veomni_models.projectors import build_projector, merge_neighbours
+from veomni_models.towers import BATCH_KEYS, build_tower, kind_of, tower_class
 
-_MODALITIES = ("image",)  # that `OmniModel.forward` takes inputs of
+_INPUTS = [key for modality in MODALITIES for key in BATCH_KEYS[modality]]
 
 
 class OmniModel(PreTrainedModel, GenerationMixin):
     """Encoders and projectors whose features replace placeholder tokens in the input of a causal language model.
 
-    Parts: `foundation` (a *ForCausalLM), `encoders` and `projectors` (one for each modality).
+    Parts: `foundation` (a *ForCausalLM), `encoders` and `projectors` (one for each modality that shares none).
     """
 
     config_class = OmniConfig
@@ -36,6 +45,8 @@ class OmniModel(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+    runs_every_tower = True
+    """In training a row without pictures runs the encoder of pictures all the same; see `_merge`."""
 
     def __init__(self, config: OmniConfig) -> None:
         super().__init__(config)
@@ -44,16 +55,22 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         )
         self.encoders, self.projectors = nn.ModuleDict(), nn.ModuleDict()
         for modality, encoder in config.encoders.items():
-            tower, merge_size = encoder["config"], encoder["merge_size"]
-            tokens_per_picture(tower, merge_size)
-            self.encoders[modality] = AutoModel.from_config(tower)
-            self.projectors[modality] = MLPProjector(tower.hidden_size, config.text_config.hidden_size, merge_size)
+            if "share" not in encoder:
+                tower, neighbours = encoder["config"], encoder["merge_size"]
+                kind = kind_of(tower)
+                self.encoders[modality] = build_tower(tower)
+                self.projectors[modality] = build_projector(
+                    encoder["projector"],
+                    kind.channels(tower) * (neighbours if modality == "audio" else neighbours**2),
+                    config.text_config.hidden_size,
+                )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """What is neither foundation nor encoder keeps torch's own initialization: 0.02 cost a projector 6 points."""
-        if isinstance(module, (nn.Linear, nn.LayerNorm)):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
     def get_input_embeddings(self) -> nn.Module:
         """The foundation's token embeddings."""
@@ -71,29 +88,62 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         """The foundation without its head: what sequence parallelism slices the row for."""
         return self.foundation.get_decoder()
 
-    def encode(self, modality: str, inputs: Tensor) -> Tensor:
-        """Features of n inputs as the foundation's embeddings: pictures [n, C, S, S] -> [n * tokens, H]."""
-        features = self.encoders[modality](inputs).last_hidden_state  # [n, P (+ class and register tokens first), C]
-        config, merge = self.config.encoders[modality]["config"], self.config.encoders[modality]["merge_size"]
-        patches = tokens_per_picture(config, merge) * merge**2
-        return self.projectors[modality](features[:, -patches:]).flatten(0, 1)
+    def encode(self, modality: str, inputs: dict[str, Tensor]) -> Tensor:
+        """Features of pictures, videos or sounds as the foundation's embeddings.
+
+        Args:
+            modality: `image`, `video` or `audio`.
+            inputs: tensors by the names that a batch has for them, such as `pixel_values`; see `forward`.
+
+        Returns:
+            [N, H], those of one input after the other.
+        """
+        part = self.config.encoders[modality].get("share", modality)
+        encoder, tower = self.config.encoders[part], self.encoders[part]
+        config, names = encoder["config"], BATCH_KEYS[modality]
+        kind = kind_of(config)
+        named = {names[key]: value for key, value in inputs.items() if names[key] in kind.inputs}
+        missing = set(kind.inputs) - named.keys()
+        if missing:
+            keys = [key for key, name in names.items() if name in missing]
+            raise ValueError(
+                f"a {config.model_type} encoder of {modality} inputs takes {keys} too, which are not given"
+            )
+        named = {key: value.to(tower.dtype) if value.is_floating_point() else value for key, value in named.items()}
+        features, shapes = merge_neighbours(
+            kind.features(tower, named), kind.shapes(config, named), encoder["merge_size"]
+        )
+        return self.projectors[part](features, [math.prod(shape) for shape in shapes])
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run encoders, put their features in place of placeholder tokens, run the foundation.
 
         Args:
-            input_ids: int64 [B, S], with as many placeholders as the pictures have tokens, in their order.
-            pixel_values: [n, C, S, S], the pictures of all rows.
+            input_ids: int64 [B, S], with as many placeholders as the inputs have tokens, in their order.
+            pixel_values: the pictures of all rows: [n, C, S, S], or patches [N, D] with `image_grid_thw` [n, 3], or
+                [n, P, D] with `pixel_attention_mask` [n, P] and `spatial_shapes` [n, 2], as the encoder takes them.
+            pixel_values_videos: the frames of all videos: [F, C, S, S], or patches [N, D] with `video_grid_thw` [n, 3].
+            input_features: log-mel frames of all sounds, [n, M, F], with `feature_attention_mask` [n, F].
+            input_values: samples of all sounds, [N], with their `audio_lengths` [n].
             attention_mask, position_ids, past_key_values, labels, kwargs: as the foundation takes them
                 (`shift_labels`, `num_items_in_batch`, `cu_seq_lens_q`, ...).
             inputs_embeds: [B, S, H] in place of input_ids, then with the features already in it.
@@ -106,9 +156,27 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            given = {"image": pixel_values}
-            for modality in self.encoders:
-                inputs_embeds = self._merge(inputs_embeds, input_ids, modality, given[modality])
+            given = {
+                "image": {
+                    "pixel_values": pixel_values,
+                    "image_grid_thw": image_grid_thw,
+                    "pixel_attention_mask": pixel_attention_mask,
+                    "spatial_shapes": spatial_shapes,
+                },
+                "video": {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw},
+                "audio": {
+                    "input_features": input_features,
+                    "feature_attention_mask": feature_attention_mask,
+                    "input_values": input_values,
+                    "audio_lengths": audio_lengths,
+                },
+            }
+            for modality in MODALITIES:
+                inputs = {key: value for key, value in given[modality].items() if value is not None}
+                if modality in self.config.encoders:
+                    inputs_embeds = self._merge(inputs_embeds, input_ids, modality, inputs)
+                elif inputs:
+                    raise ValueError(f"{next(iter(inputs))} was given, but the model has no {modality} encoder")
         return self.foundation(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -118,31 +186,40 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _merge(self, embeds: Tensor, input_ids: Tensor | None, modality: str, inputs: Tensor | None) -> Tensor:
-        if inputs is None:
+    def _merge(self, embeds: Tensor, input_ids: Tensor | None, modality: str, inputs: dict[str, Tensor]) -> Tensor:
+        if not inputs:
             if not self.training:
                 return embeds
             # every rank runs every part in every step: a sharded encoder that one rank skips would hang the others
-            config = self.config.encoders[modality]["config"]
-            size = config.image_size
-            dummy = torch.zeros(1, config.num_channels, size, size, dtype=embeds.dtype, device=embeds.device)
-            return embeds + 0.0 * self.encode(modality, dummy).sum()
+            blank = self._blank(modality, embeds.device)
+            return embeds + 0.0 * self.encode(modality, blank).sum().to(embeds.dtype)
         features = self.encode(modality, inputs).to(embeds.dtype)
-        places = (input_ids == self.config.image_token_id).unsqueeze(-1)
+        places = (input_ids == getattr(self.config, f"{modality}_token_id")).unsqueeze(-1)
         if places.sum() != len(features):
             raise ValueError(
-                f"{int(places.sum())} placeholder tokens in input_ids for {len(features)} features of {len(inputs)} "
-                f"{modality} inputs: a picture was cut off, or its placeholders were not expanded"
+                f"{int(places.sum())} placeholder tokens in input_ids for {len(features)} features of "
+                f"{_count(inputs)} {modality} inputs: one was cut off, or its placeholders were not expanded"
             )
         return embeds.masked_scatter(places, features)
 
+    def _blank(self, modality: str, device: torch.device) -> dict[str, Tensor]:
+        config = self.config.encoders[self.config.encoders[modality].get("share", modality)]["config"]
+        keys = {name: key for key, name in BATCH_KEYS[modality].items()}
+        return {keys[name]: value.to(device) for name, value in kind_of(config).blank(config).items()}
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Pictures go in with the prompt; later steps find their features in the cache."""
-        pixel_values, first = kwargs.pop("pixel_values", None), kwargs.get("is_first_iteration", False)
+        """Pictures and sounds go in with the prompt; later steps find their features in the cache."""
+        media = {key: kwargs.pop(key) for key in _INPUTS if key in kwargs}
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if first or not kwargs.get("use_cache", True):
-            inputs["pixel_values"] = pixel_values
+        if kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True):
+            inputs |= media
         return inputs
+
+
+def _count(inputs: dict[str, Tensor]) -> int:
+    """How many pictures, frames or sounds there are, or videos with a grid."""
+    last: Tensor = [*inputs.values()][-1]
+    return len(last)
 
 
 def build_omni_model(
@@ -152,7 +229,9 @@ def build_omni_model(
     foundation: Mapping[str, Any] = {},
     encoders: Mapping[Any, Mapping[str, Any]] = {},
     vocab_size: int,
-    image_token_id: int,
+    image_token_id: int | None = None,
+    video_token_id: int | None = None,
+    audio_token_id: int | None = None,
     torch_dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = "auto",
     init_device: str = "meta",
@@ -165,24 +244,26 @@ def build_omni_model(
         weights_path: folder with the weights of the foundation or of the saved omni model. They (and those of encoders
             with a `model_path`) are loaded here unless `init_device` is meta; then load them when the model is sharded.
         foundation: keys of the foundation's config that replace the folder's, or make it, with `model_type`.
-        encoders: for each modality the keys `config_path`, `model_path` (weights), `merge_size`, and keys of the
-            encoder's config that replace the folder's, or make it, with `model_type`.
+        encoders: for each modality (`image`, `video`, `audio`) the keys `config_path`, `model_path` (weights),
+            `merge_size`, `projector` (a name, or its `type` with options), and keys of the encoder's config that
+            replace the folder's, or make it, with `model_type`. `video: {share: image}` needs no encoder of its own.
         vocab_size: length of the tokenizer; embeddings of the foundation that are fewer are made to reach this far.
-        image_token_id: the placeholder in `input_ids` that picture features replace.
+        image_token_id, video_token_id, audio_token_id: the placeholders in `input_ids` that features replace; each
+            modality with an encoder needs its own.
         torch_dtype, attn_implementation, init_device, seed: as in `build_foundation_model`.
 
     Raises:
         ModelError: a folder or config cannot be used, an unknown modality, or a vocabulary that is too small.
     """
-    unknown = sorted(set(encoders) - set(_MODALITIES))
-    if unknown:
-        raise ModelError(f"model.encoders.{unknown[0]}: unknown modality, encoders are built for {sorted(_MODALITIES)}")
     folder = path or weights_path
     if folder is None:
         foundation = {"vocab_size": vocab_size, **foundation}
     config = load_config(folder, foundation) if not is_omni_folder(folder) else OmniConfig.from_pretrained(folder)
     if not isinstance(config, OmniConfig):
-        config = OmniConfig(config, {m: encoder_config(m, keys) for m, keys in encoders.items()}, image_token_id)
+        config = OmniConfig(config, encoder_configs(encoders), image_token_id, video_token_id, audio_token_id)
+    for modality in config.encoders:
+        if getattr(config, f"{modality}_token_id") is None:
+            raise ModelError(f"model.encoders.{modality}: no {modality}_token_id was given, which it is to replace")
     own_vocab_size = config.text_config.vocab_size
     if own_vocab_size < vocab_size:
         small = f"the foundation's vocab_size={own_vocab_size} is smaller than the tokenizer with its placeholder token"
@@ -221,9 +302,22 @@ def load_encoders(model: OmniModel, encoders: Mapping[Any, Mapping[str, Any]]) -
         if keys.get("model_path") is not None:
             encoder = model.encoders[modality]
             try:
-                copy_weights(_from_pretrained(AutoModel, keys["model_path"], encoder.config), encoder)
+                copy_weights(_pretrained_tower(keys["model_path"], encoder.config), encoder)
             except ModelError as error:
                 raise ModelError(f"model.encoders.{modality}: {error}") from error
+
+
+def _pretrained_tower(folder: str | Path, config: PreTrainedConfig) -> nn.Module:
+    """A tower with its weights on the CPU, from a folder of its own or of a model that it is a part of."""
+    wanted = tower_class(config)
+    whole = load_config(folder)
+    if MODEL_MAPPING.get(type(whole), None) is wanted:
+        return _from_pretrained(wanted, folder, config)
+    model = _from_pretrained(AutoModel, folder, whole)
+    tower = next((module for module in model.modules() if type(module) is wanted), None)
+    if tower is None:
+        raise ModelError(f"{folder} holds a {whole.model_type} model, which has no {wanted.__name__} in it")
+    return tower
 
 
 def _from_pretrained(cls: Any, folder: str | Path, config: PreTrainedConfig) -> PreTrainedModel:

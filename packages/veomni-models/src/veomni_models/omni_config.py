@@ -10,6 +10,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from veomni_models.errors import ModelError
 from veomni_models.foundation import load_config
+from veomni_models.projectors import projected_tokens, projector_class, projector_keys
+from veomni_models.towers import Shape, kind_of, square_grid, without_randomness
+
+MODALITIES = ("image", "video", "audio")
+_OWN_KEYS = ("config_path", "model_path", "merge_size", "projector", "share")
 
 
 class OmniConfig(PreTrainedConfig):
@@ -17,9 +22,10 @@ class OmniConfig(PreTrainedConfig):
 
     Attributes:
         text_config: config of the foundation model.
-        encoders: for each modality (`image`) the encoder's own config under `config`, and `merge_size`: how many
-            patches in each direction become one token.
-        image_token_id: the placeholder that is replaced by picture features.
+        encoders: for each modality (`image`, `video`, `audio`) the encoder's own config under `config`; `merge_size`,
+            how many patches in each direction, or neighbours in time, become one token; and `projector`, its `type` and
+            options. Videos may have `share: image` instead, which sends their frames through the encoder of pictures.
+        image_token_id, video_token_id, audio_token_id: the placeholders that features of each modality replace.
     """
 
     model_type = "veomni_omni"
@@ -29,24 +35,35 @@ class OmniConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | Mapping[str, Any] | None = None,
         encoders: Mapping[str, Mapping[str, Any]] | None = None,
         image_token_id: int | None = None,
+        video_token_id: int | None = None,
+        audio_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = _as_config(text_config)
         self.encoders = {
-            name: {"merge_size": 1, **encoder, "config": _as_config(encoder["config"])}
+            name: dict(encoder)
+            if "share" in encoder
+            else {"merge_size": 1, "projector": {"type": "mlp"}, **encoder, "config": _as_config(encoder["config"])}
             for name, encoder in (encoders or {}).items()
         }
-        self.image_token_id = image_token_id
+        self.image_token_id, self.video_token_id = image_token_id, video_token_id
+        self.audio_token_id = audio_token_id
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values all the way down, as config.json holds them."""
         plain = super().to_dict()
         plain["text_config"] = self.text_config.to_dict() if self.text_config is not None else None
-        plain["encoders"] = {
-            name: {**encoder, "config": encoder["config"].to_dict()} for name, encoder in self.encoders.items()
-        }
+        plain["encoders"] = plain_encoders(self.encoders)
         return plain
+
+
+def plain_encoders(encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`OmniConfig.encoders` as plain values, as JSON holds them."""
+    return {
+        name: {key: value.to_dict() if key == "config" else value for key, value in encoder.items()}
+        for name, encoder in encoders.items()
+    }
 
 
 def _as_config(config: PreTrainedConfig | Mapping[str, Any] | None) -> Any:
@@ -56,24 +73,6 @@ def _as_config(config: PreTrainedConfig | Mapping[str, Any] | None) -> Any:
     return AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
-def tokens_per_picture(config: PreTrainedConfig, merge_size: int) -> int:
-    """How many tokens a picture becomes behind a vision tower of fixed resolution: (image_size / patch_size / merge)^2.
-
-    Raises:
-        ModelError: the tower has no fixed grid, or merge_size does not divide it.
-    """
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if not isinstance(size, int) or not isinstance(patch, int):
-        raise ModelError(f"encoder {config.model_type!r} has no square image_size and patch_size; use one that has")
-    side, rest = divmod(size, patch)
-    if rest or side % merge_size:
-        raise ModelError(
-            f"encoder {config.model_type!r}: image_size={size} gives {size / patch:g} patches of {patch} a side, "
-            f"which merge_size={merge_size} must divide"
-        )
-    return (side // merge_size) ** 2
-
-
 def is_omni_folder(folder: str | Path | None) -> bool:
     """Whether a saved omni model or its processor lies there."""
     if folder is None or not (Path(folder) / "config.json").is_file():
@@ -81,16 +80,66 @@ def is_omni_folder(folder: str | Path | None) -> bool:
     return PreTrainedConfig.get_config_dict(folder)[0].get("model_type") == OmniConfig.model_type
 
 
-def encoder_config(modality: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """What `OmniConfig.encoders` holds for one modality, from the keys of a YAML file."""
-    own = dict(keys)
-    folder = own.pop("config_path", None) or own.get("model_path")
-    own.pop("model_path", None)
-    merge_size = own.pop("merge_size", 1)
-    try:
-        config = load_config(folder, own, part="vision_config")
-    except ModelError as error:
-        raise ModelError(f"model.encoders.{modality}: {error}") from error
-    if hasattr(config, "vision_use_head"):
-        config.vision_use_head = False  # a pooling head would get no gradient: only patch features are used
-    return {"config": config, "merge_size": merge_size}
+def encoder_configs(encoders: Mapping[Any, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What `OmniConfig.encoders` holds, from the keys of a YAML file.
+
+    Raises:
+        ModelError: a modality, config or projector that cannot be used, with the key that names it.
+    """
+    unknown = sorted(set(encoders) - set(MODALITIES))
+    if unknown:
+        raise ModelError(f"model.encoders.{unknown[0]}: unknown modality, encoders are built for {sorted(MODALITIES)}")
+    configs = {}
+    for modality in MODALITIES:
+        if modality in encoders:
+            try:
+                configs[modality] = _encoder_config(modality, encoders[modality])
+            except ModelError as error:
+                raise ModelError(f"model.encoders.{modality}: {error}") from error
+    for modality, config in configs.items():
+        if "share" in config and "config" not in configs.get(config["share"], {}):
+            raise ModelError(f"model.encoders.{modality}.share: there is no model.encoders.{config['share']} to share")
+    for modality, config in configs.items():
+        of = configs[config.get("share", modality)]["config"]
+        if modality not in kind_of(of).modalities:
+            raise ModelError(f"model.encoders.{modality}: a {of.model_type} encoder does not take {modality} inputs")
+    return configs
+
+
+def _encoder_config(modality: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    if "share" in keys:
+        if modality != "video" or keys["share"] != "image" or len(keys) > 1:
+            raise ModelError(f"{dict(keys)} cannot be shared: only video has `share: image`, and no key beside it")
+        return {"share": "image"}
+    own = {key: value for key, value in keys.items() if key not in _OWN_KEYS}
+    folder = keys.get("config_path") or keys.get("model_path")
+    config = load_config(folder, own, part="audio_config" if modality == "audio" else "vision_config")
+    without_randomness(config, own)
+    projector = projector_keys(keys.get("projector", "mlp"))
+    merge_size = keys.get("merge_size", getattr(projector_class(projector["type"]), "merge_size", 1))
+    if not isinstance(merge_size, int) or merge_size < 1:
+        raise ModelError(f"merge_size={merge_size!r} must be a whole number of at least 1")
+    if kind_of(config).name == "square":
+        height, width, _ = square_grid(config)
+        if height % merge_size or width % merge_size:
+            raise ModelError(
+                f"encoder {config.model_type!r}: image_size={config.image_size} gives a grid of {height} x {width} "
+                f"features, which merge_size={merge_size} must divide"
+            )
+    return {"config": config, "merge_size": merge_size, "projector": projector}
+
+
+def token_counts(encoder: Mapping[str, Any], shapes: list[Shape]) -> list[int]:
+    """How many tokens pictures, frames or sounds become whose features have these shapes.
+
+    Args:
+        encoder: one of `OmniConfig.encoders`, with a `config`.
+        shapes: (height, width) or (length,) of each.
+    """
+    counts = []
+    for shape in shapes:
+        merged = 1
+        for side in shape:
+            merged *= -(-side // encoder["merge_size"])
+        counts.append(projected_tokens(encoder["projector"], merged))
+    return counts

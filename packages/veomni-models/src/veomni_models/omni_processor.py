@@ -1,4 +1,4 @@
-"""The processor of an omni model: a tokenizer, an image processor, and how many tokens a picture becomes."""
+"""The processor of an omni model: a tokenizer, processors of each modality, and how many tokens an input becomes."""
 
 from __future__ import annotations
 
@@ -6,43 +6,84 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AddedToken,
     AutoConfig,
+    AutoFeatureExtractor,
     AutoImageProcessor,
+    AutoVideoProcessor,
+    BatchFeature,
+    LlavaOnevisionVideoProcessor,
+    PixtralImageProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Siglip2ImageProcessor,
     SiglipImageProcessor,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
 )
+from transformers.image_utils import make_flat_list_of_images
+from transformers.video_utils import make_batched_videos
 
 from veomni_models.errors import ModelError
 from veomni_models.foundation import build_tokenizer
-from veomni_models.omni_config import OmniConfig, encoder_config, is_omni_folder, tokens_per_picture
+from veomni_models.omni_config import (
+    MODALITIES,
+    OmniConfig,
+    encoder_configs,
+    is_omni_folder,
+    plain_encoders,
+    token_counts,
+)
+from veomni_models.towers import BATCH_KEYS, kind_of, picture_patches, square_size
+
+_HALF = [0.5, 0.5, 0.5]  # mean and deviation that scale pixels to -1 .. 1
+_RATE, _HOP = 16_000, 160  # samples a second, and from one log-mel frame to the next
 
 
 class OmniProcessor(ProcessorMixin):
-    """Called with `text` and `images` like any transformers processor; each image token of the text is expanded.
+    """Called with `text`, `images`, `videos` and `audio` like any transformers processor; placeholders are expanded.
+
+    What it gives can be concatenated along dim 0 over samples: pictures and frames of one size, patches of pictures
+    with their grids, log-mel frames with their mask, or waves one after the other with their `audio_lengths`.
 
     Args:
-        image_processor: makes `pixel_values` [n, C, S, S].
-        tokenizer: has `image_token` as one token.
+        image_processor, video_processor, feature_extractor: of pictures, videos and sounds; those of a modality without
+            encoder are not used.
+        tokenizer: has the placeholders as single tokens.
         chat_template: Jinja source; None = the tokenizer's.
-        image_token: stands for one picture in a text.
-        tokens_per_image: how many tokens a picture becomes.
+        encoders: as `OmniConfig.encoders`, from which tokens are counted.
+        image_token, video_token, audio_token: stand for one picture, video or sound in a text; None = not taken.
     """
 
     def __init__(
         self,
         image_processor: Any = None,
+        video_processor: Any = None,
+        feature_extractor: Any = None,
         tokenizer: Any = None,
         chat_template: str | None = None,
-        image_token: str = "<image>",
-        tokens_per_image: int = 1,
+        encoders: Mapping[str, Mapping[str, Any]] = {},
+        image_token: str | None = None,
+        video_token: str | None = None,
+        audio_token: str | None = None,
     ) -> None:
-        self.image_token = image_token
-        self.tokens_per_image = tokens_per_image
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.config = OmniConfig(encoders=encoders)
+        self.encoders = plain_encoders(self.config.encoders)
+        for modality, token in zip(MODALITIES, (image_token, video_token, audio_token), strict=True):
+            setattr(self, f"{modality}_token", token)
+            setattr(self, f"{modality}_token_id", None if token is None else tokenizer.convert_tokens_to_ids(token))
+        super().__init__(
+            image_processor,
+            video_processor,
+            feature_extractor,
+            tokenizer,
+            chat_template=chat_template or tokenizer.chat_template,
+        )
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -51,9 +92,94 @@ class OmniProcessor(ProcessorMixin):
         AutoConfig.register(OmniConfig.model_type, OmniConfig, exist_ok=True)
         return super().from_pretrained(*args, **kwargs)
 
-    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """What stands in the text for picture `image_idx`."""
-        return self.image_token * self.tokens_per_image
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """`image_token_id`, `video_token_id` and `audio_token_id`, of the modalities that are taken."""
+        ids = {f"{modality}_token_id": getattr(self, f"{modality}_token_id") for modality in MODALITIES}
+        return {name: value for name, value in ids.items() if value is not None}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a model takes of the processor's output."""
+        keys = [key for modality in MODALITIES if self._token(modality) for key in self._keys(modality)]
+        return [*self.tokenizer.model_input_names, *keys]
+
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
+        """ValueError for inputs of a modality without encoder, and for more or fewer placeholders than inputs."""
+        for modality, given in zip(MODALITIES, (images, videos, audio), strict=True):
+            if given is not None and self._token(modality) is None:
+                raise ValueError(f"{modality} inputs were given, but the model has no {modality} encoder")
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _token(self, modality: str) -> str | None:
+        token: str | None = getattr(self, f"{modality}_token")
+        return token
+
+    def _encoder(self, modality: str) -> dict[str, Any]:
+        encoder: dict[str, Any] = self.config.encoders[modality]
+        return self.config.encoders[encoder["share"]] if "share" in encoder else encoder
+
+    def _keys(self, modality: str) -> list[str]:
+        taken = kind_of(self._encoder(modality)["config"]).inputs
+        return [key for key, name in BATCH_KEYS[modality].items() if name in taken]
+
+    def _replacements(self, modality: str, made: Mapping[str, Any], items: list[int]) -> tuple[BatchFeature, list[str]]:
+        """The tensors of the batch, and what stands in the text for each item, which has so many frames."""
+        encoder, names = self._encoder(modality), BATCH_KEYS[modality]
+        inputs = {key: made[key] for key in self._keys(modality)}
+        kind = kind_of(encoder["config"])
+        counts = token_counts(encoder, kind.shapes(encoder["config"], {names[k]: v for k, v in inputs.items()}))
+        token, texts = str(self._token(modality)), []
+        for frames in items:
+            texts.append(token * sum(counts[:frames]))
+            counts = counts[frames:]
+        return BatchFeature(inputs), texts
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        config = self._encoder("image")["config"]
+        made = dict(self.image_processor(images, **{**kwargs, "return_tensors": "pt"}))
+        if kind_of(config).name == "sizes":
+            sizes = [(int(height), int(width)) for height, width in made["image_sizes"]]
+            patches = picture_patches(made["pixel_values"], sizes, config.patch_size)
+            made = {"pixel_values": patches["pixel_values"], "image_grid_thw": patches["grid_thw"]}
+        return self._replacements("image", made, [1] * len(make_flat_list_of_images(images)))
+
+    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        if kind_of(self._encoder("video")["config"]).name == "square":
+            # one by one: they have as many frames as they have
+            parts = [
+                self.video_processor([video], **{**_of(kwargs, i), "return_tensors": "pt"})["pixel_values_videos"][0]
+                for i, video in enumerate(make_batched_videos(videos))
+            ]
+            return self._replacements("video", {"pixel_values_videos": torch.cat(parts)}, [len(p) for p in parts])
+        made = self.video_processor(videos, **{**kwargs, "return_tensors": "pt"})
+        return self._replacements("video", made, made["video_grid_thw"][:, 0].tolist())
+
+    def _process_audio(self, audio: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        extractor, rate = self.feature_extractor, kwargs.get("sampling_rate") or self.feature_extractor.sampling_rate
+        if kind_of(self._encoder("audio")["config"]).name == "wave":
+            # one by one: what it normalizes by is each one's own
+            waves = [extractor(a, sampling_rate=rate, return_tensors="pt")["input_values"][0] for a in audio]
+            made = {"input_values": torch.cat(waves), "audio_lengths": torch.tensor([len(w) for w in waves])}
+        else:
+            longest = max(len(a) for a in audio)
+            if longest > extractor.n_samples:
+                raise ValueError(
+                    f"a sound of {longest / rate:.1f} s is longer than the {extractor.n_samples / rate:g} s that the "
+                    f"model hears"
+                )
+            made = extractor(audio, sampling_rate=rate, return_attention_mask=True, return_tensors="pt")
+            made = {"input_features": made["input_features"], "feature_attention_mask": made["attention_mask"]}
+        return self._replacements("audio", made, [1] * len(audio))
+
+
+def _of(kwargs: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Arguments of a video processor for one of the videos."""
+    metadata = kwargs.get("video_metadata")
+    own = {} if not isinstance(metadata, list) or len(metadata) <= index else {"video_metadata": [metadata[index]]}
+    return {**kwargs, **own}
 
 
 def build_omni_processor(
@@ -61,39 +187,98 @@ def build_omni_processor(
     *,
     encoders: Mapping[Any, Mapping[str, Any]] = {},
     image_token: str = "<image>",
+    video_token: str = "<video>",
+    audio_token: str = "<audio>",
     chat_template: str | None = None,
 ) -> OmniProcessor:
     """The processor that fits `build_omni_model` with the same `encoders`.
 
     Args:
         tokenizer_path: a tokenizer's folder, or that of a saved `OmniProcessor`, which is then loaded as it is.
-        encoders: as for `build_omni_model`; the image encoder's folder gives its image processor, without a folder
-            pictures are resized to its `image_size` and scaled to -1 .. 1.
-        image_token: added to the tokenizer if it is not in it.
+        encoders: as for `build_omni_model`. An encoder's folder gives its processor, if it has one; without, it is made
+            to fit the encoder's config: pictures are scaled to -1 .. 1, sounds are taken at 16,000 samples a second.
+        image_token, video_token, audio_token: added to the tokenizer, for each modality with an encoder, if not in it.
         chat_template: Jinja source for a tokenizer that has none.
 
     Raises:
-        ModelError: a folder is missing, or there is no image encoder.
+        ModelError: a folder is missing, or there is no encoder.
     """
     if tokenizer_path is None:
         raise ModelError("no tokenizer was given: set model.tokenizer_path to the folder of one")
     if is_omni_folder(tokenizer_path):
         return OmniProcessor.from_pretrained(tokenizer_path)
     tokenizer: PreTrainedTokenizerBase = build_tokenizer(tokenizer_path)
-    if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
-        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ModelError(f"{tokenizer_path}: the tokenizer has no pad_token and no eos_token: set one")
+    if not encoders:
+        raise ModelError("model.encoders is empty: an omni processor needs an encoder of pictures, videos or sounds")
+    configs = encoder_configs(encoders)
+    tokens = {"image": image_token, "video": video_token, "audio": audio_token}
+    tokens = {modality: token for modality, token in tokens.items() if modality in configs}
+    for token in tokens.values():
+        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:  # padding is masked, so that any token will do
-        if tokenizer.eos_token is None:
-            raise ModelError(f"{tokenizer_path}: the tokenizer has no pad_token and no eos_token: set one")
         tokenizer.pad_token = tokenizer.eos_token
-    if "image" not in encoders:
-        raise ModelError("model.encoders has no image: an omni processor needs an image encoder")
-    encoder = encoder_config("image", encoders["image"])
-    folder = encoders["image"].get("config_path") or encoders["image"].get("model_path")
-    size = encoder["config"].image_size
-    if folder is not None and (Path(folder) / "preprocessor_config.json").is_file():
-        images = AutoImageProcessor.from_pretrained(folder)
-    else:
-        images = SiglipImageProcessor(size={"height": size, "width": size}, do_convert_rgb=True)
-    tokens = tokens_per_picture(encoder["config"], encoder["merge_size"])
-    return OmniProcessor(images, tokenizer, chat_template, image_token, tokens)
+    parts: dict[str, Any] = {}
+    for modality in MODALITIES:
+        encoder = configs.get(modality, {})
+        of = encoder.get("share", modality)
+        keys = encoders.get(of, {})
+        folder = keys.get("config_path") or keys.get("model_path")
+        parts[modality] = _modality_processor(modality, configs.get(of, {}).get("config"), folder)
+    return OmniProcessor(
+        parts["image"],
+        parts["video"],
+        parts["audio"],
+        tokenizer,
+        chat_template,
+        plain_encoders(configs),
+        **{f"{modality}_token": token for modality, token in tokens.items()},
+    )
+
+
+def _modality_processor(modality: str, config: PreTrainedConfig | None, folder: Any) -> Any:
+    """That of an encoder's folder, or one that fits its config; a plain one for a modality without encoder."""
+    if config is None:
+        return {
+            "image": SiglipImageProcessor,
+            "video": LlavaOnevisionVideoProcessor,
+            "audio": WhisperFeatureExtractor,
+        }[modality]()
+    auto, file = {
+        "image": (AutoImageProcessor, "preprocessor_config.json"),
+        "video": (AutoVideoProcessor, "video_preprocessor_config.json"),
+        "audio": (AutoFeatureExtractor, "preprocessor_config.json"),
+    }[modality]
+    if folder is not None and any((Path(folder) / name).is_file() for name in (file, "processor_config.json")):
+        return auto.from_pretrained(folder)
+    kind = kind_of(config).name
+    if kind == "square":
+        height, width = square_size(config)
+        size = {"height": height, "width": width}
+        if modality == "video":
+            return LlavaOnevisionVideoProcessor(size=size, image_mean=_HALF, image_std=_HALF, default_to_square=True)
+        return SiglipImageProcessor(size=size, do_convert_rgb=True)
+    if kind == "patches":
+        sizes = {name: getattr(config, name) for name in ("patch_size", "temporal_patch_size")}
+        cls = Qwen2VLImageProcessor if modality == "image" else Qwen2VLVideoProcessor
+        return cls(**sizes, merge_size=config.spatial_merge_size)
+    if kind == "sizes":
+        patch = {"height": config.patch_size, "width": config.patch_size}
+        return PixtralImageProcessor(
+            patch_size=patch, size={"longest_edge": config.image_size}, image_mean=_HALF, image_std=_HALF
+        )
+    if kind == "shapes":
+        return Siglip2ImageProcessor(patch_size=config.patch_size, max_num_patches=config.num_patches)
+    if kind == "wave":
+        return Wav2Vec2FeatureExtractor(sampling_rate=_RATE, do_normalize=True, return_attention_mask=True)
+    seconds, rest = divmod(2 * config.max_source_positions * _HOP, _RATE)
+    if rest:
+        raise ModelError(
+            f"model.encoders.audio: max_source_positions={config.max_source_positions} is no whole number of seconds: "
+            f"set it to a multiple of {_RATE // _HOP // 2}, which is one second"
+        )
+    return WhisperFeatureExtractor(
+        feature_size=config.num_mel_bins, sampling_rate=_RATE, hop_length=_HOP, chunk_length=seconds
+    )
