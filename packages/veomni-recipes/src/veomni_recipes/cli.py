@@ -1,8 +1,9 @@
-"""The command `veomni`: run a recipe, and ask the model that came out of it."""
+"""The command `veomni`: run a recipe, ask the model that came out of it, and report on runs."""
 
 from __future__ import annotations
 
 import argparse
+import mimetypes
 import sys
 from pathlib import Path
 
@@ -18,23 +19,41 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="train by a recipe on all devices of this machine", add_help=False)
     run.add_argument("recipe", help=f"one of {', '.join(RECIPES)}, or a script of your own")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="the YAML file and overrides such as --train.lr 1e-4")
-    ask = commands.add_parser("ask", help="show a trained model pictures and ask about them")
-    ask.add_argument("picture", nargs="+", type=Path, help="files of pictures, in the order of the question")
+    ask = commands.add_parser("ask", help="show a trained model pictures, videos or sounds and ask about them")
+    ask.add_argument("file", nargs="+", type=Path, help="pictures, videos and sounds, in the order of the question")
     ask.add_argument("question", help="what to ask")
     ask.add_argument(
         "--run", type=Path, default=Path("outputs/digits"), help="run folder, or a folder that it exported"
     )
+    report = commands.add_parser("report", help="write one HTML page about runs: curves, differences, answers")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    report.add_argument("--output", type=Path, default=Path("report.html"), help="the page to write")
     args = parser.parse_args(argv)
+    if args.command == "report":
+        return report_runs(args.runs, args.output)
     if args.command == "ask":
-        return ask_model(args.run, args.picture, args.question)
+        return ask_model(args.run, args.file, args.question)
     if args.recipe not in RECIPES and not Path(args.recipe).is_file():
         print(f"{args.recipe} is neither a recipe ({', '.join(RECIPES)}) nor a script", file=sys.stderr)
         return USER_ERROR
     return launch(RECIPES.get(args.recipe, args.recipe), args.arguments)
 
 
-def ask_model(run: Path, pictures: list[Path], question: str) -> int:
-    """Print what the model of a run says about pictures."""
+def report_runs(runs: list[Path], output: Path) -> int:
+    """Write the page about these runs."""
+    from veomni_recipes.report import ReportError, write_report
+
+    try:
+        write_report(runs, output)
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    print(f"wrote {output}: open it in a browser")
+    return 0
+
+
+def ask_model(run: Path, files: list[Path], question: str) -> int:
+    """Print what the model of a run says about pictures, videos and sounds."""
     from veomni_data import DataError, get_chat_template, multimodal_prompt
     from veomni_models import is_omni_folder
 
@@ -45,19 +64,23 @@ def ask_model(run: Path, pictures: list[Path], question: str) -> int:
 
     @ends_with_one_sentence(DataError)
     def answer() -> str:
-        from veomni_recipes.evaluation import generate, load_exported
+        from veomni_recipes.evaluation import generate, load_exported, prompt_options
 
         model, processor = load_exported(folder)
-        example = {
-            "messages": [{"role": "user", "content": "<image>" * len(pictures) + question}],
-            "images": [str(picture) for picture in pictures],
-        }
+        parts = [{"type": _kind(file), _kind(file): str(file)} for file in files]
+        example = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]}
         template = get_chat_template("default", processor.tokenizer)
-        prompt = multimodal_prompt(example, image_token=processor.image_token, template=template)
-        return generate(model, processor, [(prompt["text"], prompt["images"])])[0]
+        return generate(model, processor, [multimodal_prompt(example, template=template, **prompt_options(processor))])[
+            0
+        ]
 
     print(answer())
     return 0
+
+
+def _kind(file: Path) -> str:
+    kind = (mimetypes.guess_type(file)[0] or "image").partition("/")[0]
+    return kind if kind in ("video", "audio") else "image"
 
 
 if __name__ == "__main__":
