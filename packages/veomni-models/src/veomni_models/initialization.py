@@ -24,8 +24,9 @@ def initialize_weights(model: PreTrainedModel, seed: int, device: torch.device |
     """Give a model the random weights that its own `_init_weights` functions draw after `torch.manual_seed(seed)`.
 
     Parameters may be sharded (FSDP2 and other DTensors): each is drawn whole, one block at a time, and every rank
-    keeps its part, so that 1 and N ranks hold the same numbers. No rank holds more than one whole block beside its
-    shards. Buffers that are not saved (rotary frequencies) are restored too. The global generators are left alone.
+    keeps its part, so that 1 and N ranks hold the same numbers. No rank holds more whole parameters beside its shards
+    than those of one block and of what stands around the blocks, such as embeddings. Buffers that are not saved (rotary
+    frequencies) are restored too. The global generators are left alone.
 
     Args:
         model: a transformers model, on the meta device or with storage.
@@ -78,8 +79,7 @@ def _visit(module: nn.Module, owner: PreTrainedModel) -> None:
     """Children first, each by the nearest transformers model above it, in the order of transformers itself."""
     from transformers import PreTrainedModel
 
-    nested = any(isinstance(m, FSDPModule) for m in module.modules() if m is not module)
-    with _whole_parameters(module, recurse=not nested):
+    with _whole_parameters(module):
         for child in module.children():
             _visit(child, child if isinstance(child, PreTrainedModel) else owner)
         _draw_parametrized(module)
@@ -92,15 +92,22 @@ def _draw_parametrized(module: nn.Module) -> None:
         module.weight = nn.init.kaiming_uniform_(torch.empty_like(cast(torch.Tensor, module.weight)), a=math.sqrt(5))
 
 
+def _holds_units(module: nn.Module) -> bool:
+    return any(isinstance(m, FSDPModule) for m in module.modules() if m is not module)
+
+
 @contextmanager
-def _whole_parameters(module: nn.Module, recurse: bool) -> Iterator[None]:
-    """Inside, sharded parameters are whole tensors; on leaving, each rank's shard takes its part of them."""
-    sharded = [
-        (m, name, p)
-        for m in (module.modules() if recurse else [module])
-        for name, p in m.named_parameters(recurse=False)
-        if isinstance(p, DTensor)
-    ]
+def _whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Inside, sharded parameters are whole tensors; on leaving, each rank's shard takes its part of them.
+
+    Those of the whole module; if there are FSDP units in it, its own and those of its children that are and have none,
+    since some models write to a child's (Whisper's positions).
+    """
+    inside = list(module.modules())
+    if _holds_units(module):
+        children = [child for child in module.children() if not isinstance(child, FSDPModule)]
+        inside = [module, *(m for child in children if not _holds_units(child) for m in child.modules())]
+    sharded = [(m, name, p) for m in inside for name, p in m.named_parameters(recurse=False) if isinstance(p, DTensor)]
     wholes: dict[DTensor, nn.Parameter] = {}
     for m, name, p in sharded:
         # a parameter that two modules share stays shared
