@@ -223,6 +223,7 @@ def keep_towers_in_step(model: nn.Module, mesh: Mesh) -> None:
     A tower gathers its parameters when it runs, so a rank whose row has no pictures would leave the others waiting.
     Before each forward the ranks tell each other which inputs they have; what only others have, a rank computes for an
     empty picture or a moment of silence, at the place where the model would have, and adds nothing of it to its row.
+    A model with the attribute `runs_every_tower` does so by itself in training, and is left to it there.
     `build_parallelize_model` calls this for the sharded modes, after wrapping: a tower that was skipped has to run
     before the wrapper of the next one gathers its parameters.
     """
@@ -260,6 +261,9 @@ class _Turns:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out what this rank's row and the others' have."""
+        self.present, self.missing, self.uneven, self.nothing = [], [], [], []
+        if model.training and getattr(model, "runs_every_tower", False):
+            return
         kwargs = named_arguments(_unwrapped(model), args, kwargs)
         own = [kwargs.get(name) is not None for name, _ in self.slots]
         flags = torch.tensor([own, [not here for here in own]], dtype=torch.int32, device=self.mesh.device_type)
@@ -268,7 +272,6 @@ class _Turns:
         self.present = [slot for slot, here in enumerate(own) if here]
         self.missing = [slot for slot, here in enumerate(own) if some[slot] and not here]
         self.uneven = [tower for slot, (_, tower) in enumerate(self.slots) if some[slot] and lacking[slot]]
-        self.nothing = []
 
     def before_tower(self, tower: nn.Module, args: Any) -> None:
         """The model runs a tower: first run what it skipped."""
