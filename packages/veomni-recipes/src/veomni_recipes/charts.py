@@ -37,11 +37,13 @@ def draw_answers(
     columns: int = 6,
     rows: int = 6,
 ) -> None:
-    """A grid of held-out pictures with question and answer: some of every task, errors in red with the truth.
+    """A grid of held-out pictures, frames of videos and spectra of sounds with question and answer.
+
+    Some of every task are shown; errors are red, with the truth.
 
     Args:
         answers: of the model.
-        prompts: the held-out samples, `prompts[answer.row]["images"]` the pictures asked about.
+        prompts: the held-out samples; `images`, `videos` and `audio` of `prompts[answer.row]` are what it is about.
         path: the PNG file.
         scores: shares of right answers, for the title.
         columns, rows: size of the grid.
@@ -54,7 +56,7 @@ def draw_answers(
     figure.suptitle(", ".join(f"{k.removesuffix('_accuracy').replace('_', ' ')} {v:.1%}" for k, v in scores.items()))
     places = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, answer in zip(places, chosen, strict=False):
-        axes.imshow(_side_by_side(prompts[answer.row]["images"]), interpolation="nearest")
+        axes.imshow(_side_by_side(_pictures(prompts[answer.row])), interpolation="nearest")
         truth = "" if answer.right else f"\ntruth: {answer.truth}"
         color = "black" if answer.right else "red"
         axes.set_title(f"{answer.question}\n{answer.text}{truth}", fontsize=8, color=color)
@@ -73,6 +75,25 @@ def _choose(answers: Sequence[Answer], count: int) -> list[Answer]:
         wrong = [a for a in own if not a.right][: places // 3]
         chosen += wrong + [a for a in own if a.right][: places - len(wrong)]
     return chosen
+
+
+def _pictures(prompt: Mapping[str, Any], stills: int = 4) -> list[Image]:
+    """What a prompt is about, as pictures: of a video some frames, of a sound its spectrum over time."""
+    from PIL import Image
+
+    frames = [frame for video in prompt.get("videos", ()) for frame in video[:: -(-len(video) // stills)]]
+    return [*prompt["images"], *map(Image.fromarray, frames), *map(_spectrum, prompt.get("audio", ()))]
+
+
+def _spectrum(sound: Any) -> Image:
+    """Decibels of a sound [N] over time (to the right) and frequency (upwards), 60 dB from black to white."""
+    import numpy as np
+    from PIL import Image
+
+    padded = np.pad(sound, (0, max(0, 512 - len(sound))))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 512)[::128] * np.hanning(512)
+    decibels = 20 * np.log10(np.abs(np.fft.rfft(windows)).T[::-1] + 1e-6)
+    return Image.fromarray((np.clip(decibels - decibels.max() + 60, 0, 60) * (255 / 60)).astype(np.uint8))
 
 
 def _side_by_side(images: Sequence[Image]) -> Any:

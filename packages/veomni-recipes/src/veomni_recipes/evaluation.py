@@ -11,7 +11,6 @@ import torch
 from veomni_models import OmniModel, OmniProcessor
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
 
@@ -22,7 +21,7 @@ class Answer:
     Attributes:
         row: which of the held-out samples it is.
         task: what kind of question, the data's `task` column.
-        question: the user's last message without its pictures.
+        question: the user's last message without its pictures, videos and sounds.
         text: the model's answer.
         truth: the data's answer.
     """
@@ -43,7 +42,7 @@ class Answer:
 def generate(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    prompts: Sequence[tuple[str, Sequence[Image]]],
+    prompts: Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int = 64,
     batch_size: int = 64,
@@ -53,8 +52,8 @@ def generate(
     Args:
         model: any model that generates from its processor's output; not sharded.
         processor: of the model.
-        prompts: texts that end where the model is to speak, with the processor's image token for each picture, and
-            the pictures.
+        prompts: made by `multimodal_prompt`: `text` that ends where the model is to speak, with the processor's
+            placeholder for each of its `images`, `videos` and `audio`.
         max_new_tokens: where an answer is cut.
         batch_size: prompts decoded together, padded on the left.
     """
@@ -64,8 +63,8 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         inputs = processor(
-            text=[text for text, _ in batch],
-            images=[picture for _, pictures in batch for picture in pictures] or None,
+            text=[prompt["text"] for prompt in batch],
+            **_media(processor, batch),
             return_tensors="pt",
             padding=True,
             padding_side="left",
@@ -82,13 +81,31 @@ def generate(
     return answers
 
 
+def _media(processor: ProcessorMixin, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The pictures, videos and sounds of several prompts, as arguments of the processor."""
+    keys = ("images", "videos", "video_metadata", "audio")
+    media = {key: [item for prompt in prompts for item in prompt.get(key, ())] for key in keys}
+    arguments: dict[str, Any] = {key: items for key, items in media.items() if items}
+    if "videos" in arguments:
+        arguments["do_sample_frames"] = False
+    if "audio" in arguments:
+        arguments["sampling_rate"] = processor.feature_extractor.sampling_rate
+    return arguments
+
+
+def prompt_options(processor: OmniProcessor) -> dict[str, Any]:
+    """What `multimodal_prompt` has to know of a processor."""
+    tokens = {f"{kind}_token": getattr(processor, f"{kind}_token") for kind in ("image", "video", "audio")}
+    return {**tokens, "sampling_rate": processor.feature_extractor.sampling_rate}
+
+
 def answer_held_out(folder: Path, prompts: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[Answer]:
     """What the exported model in `folder` answers to `rows` of held-out prompts (made by `multimodal_prompt`)."""
     model, processor = load_exported(folder)
     chosen = [prompts[row] for row in rows]
     truths = processor.tokenizer([p["answer"] for p in chosen] or [""], add_special_tokens=False)["input_ids"]
     longest = max(map(len, truths)) + 8  # an answer that goes on beyond is wrong whatever follows
-    texts = generate(model, processor, [(p["text"], p["images"]) for p in chosen], max_new_tokens=longest)
+    texts = generate(model, processor, chosen, max_new_tokens=longest)
     return [
         Answer(row, p.get("task", "question"), p["question"], text, p["answer"])
         for row, p, text in zip(rows, chosen, texts, strict=True)

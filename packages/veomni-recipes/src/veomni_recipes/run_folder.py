@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def say_goodbye(folder: Path, summary: Mapping[str, Any], question: str | None) -> None:
+def say_goodbye(folder: Path, summary: Mapping[str, Any], question: str | None, modalities: Sequence[str]) -> None:
     """The last lines of a run: how good it became, how long it took, where to look and what to try."""
     scores = {k.removesuffix("_accuracy"): v for k, v in summary.items() if k.endswith("_accuracy")}
     if scores:
@@ -87,4 +87,5 @@ def say_goodbye(folder: Path, summary: Mapping[str, Any], question: str | None) 
         print(f"model: {folder / 'hf_ckpt'}")
         command = "hatch run ask" if "HATCH_ENV_ACTIVE" in os.environ else "veomni ask"
         question = question or "What is this?"
-        print(f'ask it about a picture of your own: {command} PICTURE "{question}" --run {folder}', flush=True)
+        kind = {"image": "picture", "video": "video", "audio": "sound"}[modalities[0]]
+        print(f'ask it about a {kind} of your own: {command} {kind.upper()} "{question}" --run {folder}', flush=True)

@@ -17,9 +17,8 @@ from veomni_recipes.distributed import gather
 
 
 def media_limits(data: OmniDataConfig) -> dict[str, Any]:
-    """The limits of pictures, video and sound in a sample that are set, as `encode_multimodal_sample` names them."""
+    """The limits of a picture, video or sound that are set, as `encode_multimodal_sample` names them."""
     limits = {
-        "max_image_nums": data.max_image_nums,
         "max_pixels": data.max_pixels,
         "max_pixel_size": data.max_pixel_size,
         "scale_factor": data.scale_factor,
@@ -124,7 +123,7 @@ def describe_data(cfg: OmniRecipeConfig, processor: Path, pad_token_id: int) -> 
         columns=cfg.data.columns or None,
         text_keys=cfg.data.text_keys,
         image_keys=cfg.data.image_keys,
-        limits=media_limits(cfg.data),
+        limits=media_limits(cfg.data) | ({"max_image_nums": most} if (most := cfg.data.max_image_nums) else {}),
         shuffle_buffer=cfg.data.shuffle_buffer,
         collator="packing" if packed else "padding",
         pad_token_id=pad_token_id,

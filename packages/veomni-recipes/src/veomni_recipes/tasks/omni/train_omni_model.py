@@ -1,4 +1,4 @@
-"""Train an omni model: an encoder of pictures before a language model, on conversations about pictures.
+"""Train an omni model: encoders of pictures, videos and sounds before a language model, on conversations about them.
 
     torchrun --nproc-per-node 2 -m veomni_recipes.tasks.omni.train_omni_model run.yaml --train.lr 1e-4
 
@@ -44,7 +44,7 @@ from veomni_parallel import (
 from veomni_recipes.charts import draw_answers, draw_loss
 from veomni_recipes.data_checks import check_rows, sizes_that_differ
 from veomni_recipes.distributed import barrier, gather, init_distributed, rank, to_device, world_size
-from veomni_recipes.evaluation import accuracies, answer_held_out
+from veomni_recipes.evaluation import accuracies, answer_held_out, prompt_options
 from veomni_recipes.launch import ends_with_one_sentence, seconds_since_launch
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
 from veomni_recipes.progress import Display, Progress, count_tokens
@@ -72,7 +72,14 @@ def main(argv: list[str] | None = None) -> None:
         "columns": cfg.data.columns or None,
     }
     limits = media_limits(cfg.data)
-    encode = partial(encode_multimodal_sample, processor=processor, template=template, **columns, **limits)
+    encode = partial(
+        encode_multimodal_sample,
+        processor=processor,
+        template=template,
+        max_image_nums=cfg.data.max_image_nums,
+        **columns,
+        **limits,
+    )
     train_data = build_dataset(
         cfg.data.train_path,
         kind=cfg.data.datasets_type,
@@ -85,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     samples = len(train_data) if isinstance(train_data, Sized) else None
     held_out = None
     if cfg.data.eval_path is not None:
-        prompt = partial(multimodal_prompt, image_token=processor.image_token, template=template, **columns)
+        prompt = partial(multimodal_prompt, template=template, **prompt_options(processor), **columns, **limits)
         held_out = build_dataset(cfg.data.eval_path, transform=prompt, root=cfg.data.root)
         check_rows(held_out, range(rank(), len(held_out), world_size()))
     plan = cfg.batch_plan(world_size(), samples)
@@ -101,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         foundation=cfg.model.foundation,
         encoders=encoders,
         vocab_size=len(processor.tokenizer),
-        image_token_id=processor.image_token_id,
+        **processor.placeholder_ids,
         attn_implementation=cfg.model.attn_implementation,
         init_device="meta" if on_meta else device.type,
         seed=cfg.train.seed,
@@ -248,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             "world_size": world_size(),
         }
         write_json(folder / "summary.json", summary)
-        say_goodbye(folder, summary, question)
+        say_goodbye(folder, summary, question, [*encoders])
 
 
 if __name__ == "__main__":

@@ -125,16 +125,16 @@ def conversation(
     }
 
 
-def train_tokenizer(data: Path, folder: Path) -> None:
+def train_tokenizer(data: Path, folder: Path, placeholder: str = "<image>") -> None:
     """A byte-level BPE tokenizer trained on the conversations, saved like any other, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     from veomni_data import TEMPLATES
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", placeholder]
     with data.open(encoding="utf-8") as lines:
         texts = [
-            f"{m['role']}\n{m['content'].replace('<image>', '')}" for x in lines for m in json.loads(x)["messages"]
+            f"{m['role']}\n{m['content'].replace(placeholder, '')}" for x in lines for m in json.loads(x)["messages"]
         ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
