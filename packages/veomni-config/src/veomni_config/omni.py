@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from .data import DataConfig
 from .recipe import RecipeConfig
+from .section import Names, rule
 from .train import TrainConfig
 
 
@@ -61,9 +64,24 @@ class OmniTrainConfig(TrainConfig):
     )
     freeze_decoder: bool = Field(default=False, description="Whether the decoders keep their weights.")
     freeze_foundation: bool = Field(default=False, description="Whether the foundation model keeps its weights.")
+    freeze_params: Names = Field(
+        default=(),
+        description="Globs of the names of further parameters that keep their weights, such as `foundation.*.embed_*`.",
+    )
+    param_lrs: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="Peak learning rates of parameters by globs of their names, such as `projectors.*: 1e-3`; of those "
+        "that match the last one counts, before `train.vit_lr`.",
+    )
     save_initial_model: bool = Field(
         default=False, description="Whether the model is exported before the first step, as a Hugging Face folder."
     )
+
+    @rule("lr", "vit_lr", "param_lrs")
+    def _peaks_share_a_schedule(self) -> str | None:
+        if self.lr == 0 and (self.vit_lr or any(self.param_lrs.values())):
+            return "other learning rates follow the schedule of train.lr in proportion: set train.lr above 0"
+        return None
 
 
 class OmniRecipeConfig(RecipeConfig):

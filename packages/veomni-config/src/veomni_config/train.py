@@ -24,7 +24,11 @@ class TrainConfig(Section):
     output_dir: Annotated[
         Path, BeforeValidator(_not_empty, json_schema_input_type=Annotated[str, Field(min_length=1)])
     ] = Field(description="Run folder: resolved configuration, metrics, checkpoints and exported weights go there.")
-    vit_lr: float = Field(default=5e-5, ge=0, description="Peak learning rate of the vision encoder.")
+    vit_lr: float | None = Field(
+        default=None,
+        ge=0,
+        description="Peak learning rate of the encoders of pictures and videos; null is `train.lr`.",
+    )
     train_architecture: Literal["full", "lora"] = Field(
         default="full", description="Whether all weights are trained, or low-rank adapters beside them."
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from veomni_config import TrainConfig
+from veomni_config import ConfigError, Problem, TrainConfig
 
 
 def build_optimizer(
@@ -17,6 +18,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     no_decay_modules: Sequence[str] = (),
     no_decay_params: Sequence[str] = (),
+    param_lrs: Mapping[str, float] = {},
 ) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters.
 
@@ -26,6 +28,10 @@ def build_optimizer(
         weight_decay: of all parameters but the following.
         no_decay_modules: class names of modules whose own parameters do not decay.
         no_decay_params: substrings of the names of parameters that do not decay.
+        param_lrs: learning rates of their own by globs of names; the last that matches counts.
+
+    Raises:
+        ConfigError: a glob that matches no parameter.
     """
     spared = {
         id(p)
@@ -33,14 +39,38 @@ def build_optimizer(
         if type(module).__name__ in no_decay_modules
         for p in module.parameters(recurse=False)
     }
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
+    names = {plain_name(name): p for name, p in model.named_parameters()}
+    check_globs("train.param_lrs", param_lrs, names)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in names.items():
         if p.requires_grad:
             plain = id(p) in spared or any(part in name for part in no_decay_params)
-            (no_decay if plain else decay).append(p)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
+            peak = [lr, *(own for glob, own in param_lrs.items() if fnmatchcase(name, glob))][-1]
+            groups.setdefault((peak, plain), []).append(p)
+    return torch.optim.AdamW(
+        [
+            {"params": params, "weight_decay": 0.0 if plain else weight_decay, "scale": peak / lr if lr else 1.0}
+            for (peak, plain), params in sorted(groups.items(), key=lambda group: (group[0][0] != lr, group[0]))
+        ],
+        lr=lr,
+        fused=True,
+    )
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has in a model that is not wrapped."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def check_globs(key: str, globs: Iterable[str], names: Collection[str]) -> None:
+    """ConfigError for a glob that matches none of the names."""
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            parts = sorted({".".join(name.split(".")[:2]) for name in names})
+            text = f"{glob!r} matches no parameter of the model; their names begin with {', '.join(parts)}"
+            raise ConfigError([Problem(key, text)])
 
 
 def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
@@ -59,6 +89,6 @@ def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same learning rate for all groups."""
+    """The learning rate of the step; groups with a peak of their own get theirs in proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]

@@ -14,7 +14,6 @@ _NOT_YET = (
     "model.moe_implementation",
     "train.train_architecture",
     "train.optimizer",
-    "train.vit_lr",
     "train.enable_reentrant",
     "train.enable_fsdp_offload",
     "train.enable_activation_offload",

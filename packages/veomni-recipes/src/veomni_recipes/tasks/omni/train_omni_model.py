@@ -51,7 +51,7 @@ from veomni_recipes.progress import Display, Progress, count_tokens
 from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json, write_json_lines
 from veomni_recipes.supported import refuse_without_effect
 from veomni_recipes.training_data import describe_data, left_out, media_limits, row_options, source_shares
-from veomni_recipes.weights import freeze_parts, load_parts
+from veomni_recipes.weights import freeze_parts, learning_rates, load_parts
 
 
 @ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError)
@@ -115,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parameters, hidden_size = sum(p.numel() for p in model.parameters()), model.foundation.config.hidden_size
     freeze_parts(model, cfg.train)
+    param_lrs = learning_rates(model, cfg.train)
     model = build_parallelize_model(
         model,
         state,
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         weight_decay=cfg.train.weight_decay,
         no_decay_modules=cfg.train.no_decay_modules,
         no_decay_params=cfg.train.no_decay_params,
+        param_lrs=param_lrs,
     )
 
     # the run folder: a run that goes on finds its place in it
