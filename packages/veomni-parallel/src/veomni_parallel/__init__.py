@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from veomni_parallel.activation_checkpointing import SelectiveCheckpointing
 from veomni_parallel.activation_offload import OffloadReport, activation_offload
+from veomni_parallel.balance import Exchange, balance_over_ranks, deal_samples, fit_costs
 from veomni_parallel.errors import ParallelError
 from veomni_parallel.expert_parallel import (
     ExchangePlan,
@@ -29,6 +30,7 @@ from veomni_parallel.ulysses_transformers import apply_packed_attention, apply_u
 from veomni_parallel.vocabulary_parallel import vocabulary_parallel_cross_entropy
 
 __all__ = [
+    "Exchange",
     "ExchangePlan",
     "Leak",
     "LeakReport",
@@ -46,9 +48,12 @@ __all__ = [
     "apply_tensor_parallel",
     "apply_ulysses",
     "balance_experts_",
+    "balance_over_ranks",
     "build_parallelize_model",
     "clip_grad_norm_",
     "count_targets",
+    "deal_samples",
+    "fit_costs",
     "global_sum",
     "gradient_sync",
     "init_parallel_state",
