@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 from veomni_data import PackingCollator
-from veomni_models import OmniModel, OmniProcessor
+from veomni_models import ModelError, OmniProcessor, build_omni_model, build_omni_processor
 from veomni_models.towers import tower_class
 
-from .omni_parts import PICTURES, SOUNDS, assemble, encoders_of, picture, sample, sound
+from .omni_parts import PICTURES, SOUNDS, assemble, encoders_of, picture, sample, save_tokenizer, sound
+from .test_initialization import PARTS
 
-Truth = Callable[[OmniModel, OmniProcessor, Any, Any], torch.Tensor]
+TINY_TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 9,
+}
 
 
 def samples_of(processor: OmniProcessor) -> list[tuple[dict[str, torch.Tensor], list[Any]]]:
@@ -127,3 +140,99 @@ def test_a_packed_row_is_each_input_alone_through_the_plain_parts(name: str, tmp
     for name, gradient in want_gradients.items():
         difference = (got_gradients[name] - gradient).abs().max()
         assert difference <= 2e-5 * largest, f"{name} is off by {difference:.1e}"
+
+
+def test_a_whole_whisper_folder_gives_its_encoder_and_its_feature_extractor(tmp_path: Path) -> None:
+    sizes = {key: value for key, value in SOUNDS["whisper"].items() if key != "merge_size"}
+    config = WhisperConfig(
+        **sizes, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8, vocab_size=20, pad_token_id=0
+    )
+    whole = WhisperModel(config)
+    whole.save_pretrained(tmp_path / "whisper")
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1, dither=0.5)
+    extractor.save_pretrained(tmp_path / "whisper")
+    encoders = {"audio": {"model_path": tmp_path / "whisper"}}
+    processor = build_omni_processor(save_tokenizer(tmp_path / "text"), encoders=encoders)
+    assert processor.feature_extractor.dither == 0.5
+    omni = build_omni_model(
+        foundation=PARTS["foundation"], encoders=encoders, vocab_size=41, audio_token_id=5, init_device="cpu"
+    )
+    own, theirs = omni.encoders["audio"].state_dict(), whole.encoder.state_dict()
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+def test_a_folder_without_such_a_tower_is_refused(tmp_path: Path) -> None:
+    AutoModel.from_config(AutoConfig.for_model("llama", **TINY_TEXT)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"model.encoders.audio: encoder 'llama': LlamaModel takes input_ids"):
+        build_omni_model(
+            foundation=PARTS["foundation"],
+            encoders={"audio": {"model_path": tmp_path}},
+            vocab_size=41,
+            audio_token_id=5,
+            init_device="cpu",
+        )
+
+
+SIGLIP = {"model_type": "siglip_vision_model", **PICTURES["siglip_vision_model"]}
+WHISPER = {"model_type": "whisper", **SOUNDS["whisper"]}
+
+
+@pytest.mark.parametrize(
+    ("encoders", "message"),
+    [
+        ({"image": {**SIGLIP, "projector": "perciever"}}, r"image: projector 'perciever' is unknown: use one of"),
+        (
+            {"image": {**SIGLIP, "projector": {"type": "mlp", "depth": 2}}},
+            "projector mlp has no option 'depth'",
+        ),
+        ({"image": {**SIGLIP, "projector": {"num_tokens": 2}}}, "has no type: write for example"),
+        ({"image": {**SIGLIP, "projector": {"type": "perceiver", "num_heads": 3}}}, "num_heads=3 does not divide the"),
+        ({"image": {**SIGLIP, "merge_size": 0}}, "image: merge_size=0 must be a whole number of at least 1"),
+        ({"video": {"share": "image"}}, "video.share: there is no model.encoders.image to share"),
+        ({"image": SIGLIP, "audio": {"share": "image"}}, "audio: .* cannot be shared: only video has"),
+        ({"video": {"model_type": "pixtral"}}, "video: a pixtral encoder does not take video inputs"),
+        ({"audio": SIGLIP}, "audio: a siglip_vision_model encoder does not take audio inputs"),
+        ({"audio": {"model_type": "parakeet_encoder"}}, "audio: encoder 'parakeet_encoder': ParakeetEncoder takes"),
+        ({"audio": {"model_type": "qwen2_5_omni_audio_encoder"}}, "no model that AutoModel builds from this config"),
+    ],
+)
+def test_encoders_that_cannot_be_built_are_one_sentence(encoders: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        build_omni_model(
+            foundation=PARTS["foundation"],
+            encoders=encoders,
+            vocab_size=41,
+            image_token_id=5,
+            video_token_id=6,
+            audio_token_id=7,
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_without_a_placeholder_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"model.encoders.audio: no audio_token_id was given"):
+        build_omni_model(foundation=PARTS["foundation"], encoders={"audio": WHISPER}, vocab_size=41, image_token_id=5)
+
+
+def test_a_log_mel_encoder_of_no_whole_seconds_needs_another_size(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"max_source_positions=60 is no whole number of seconds: .*multiple of 50"):
+        build_omni_processor(
+            save_tokenizer(tmp_path), encoders={"audio": {**WHISPER, "max_source_positions": 60, "merge_size": 1}}
+        )
+
+
+def test_inputs_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:
+    omni, processor = assemble({"audio": WHISPER}, tmp_path)
+    made = sample(processor, "<audio> one", audio=[sound(9_000)])
+    ids = made["input_ids"][None]
+    with pytest.raises(ValueError, match="pixel_values was given, but the model has no image encoder"):
+        omni(input_ids=ids, pixel_values=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"takes \['feature_attention_mask'\] too"):
+        omni(input_ids=ids, input_features=made["input_features"])
+    with pytest.raises(ValueError, match="placeholder tokens in input_ids for 8 features of 1 audio inputs"):
+        omni(input_ids=ids[:, 1:], **{k: made[k] for k in ("input_features", "feature_attention_mask")})
+    with pytest.raises(ValueError, match="image inputs were given, but the model has no image encoder"):
+        processor(text=["one"], images=[picture(8, 8)])
+    with pytest.raises(ValueError, match=r"a sound of 1.5 s is longer than the 1 s that the model hears"):
+        processor(text=["<audio>"], audio=[sound(24_000)])
