@@ -91,9 +91,10 @@ def _spectrum(sound: Any) -> Image:
     from PIL import Image
 
     padded = np.pad(sound, (0, max(0, 512 - len(sound))))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 512)[::128] * np.hanning(512)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 512)[::64] * np.hanning(512)
     decibels = 20 * np.log10(np.abs(np.fft.rfft(windows)).T[::-1] + 1e-6)
-    return Image.fromarray((np.clip(decibels - decibels.max() + 60, 0, 60) * (255 / 60)).astype(np.uint8))
+    grey = Image.fromarray((np.clip(decibels - decibels.max() + 60, 0, 60) * (255 / 60)).astype(np.uint8))
+    return grey.resize((2 * grey.width, 128))
 
 
 def _side_by_side(images: Sequence[Image]) -> Any:
