@@ -37,7 +37,9 @@ class RecipeConfig(Section):
 
     @rule("train.save_hf_weights", "model.config_path")
     def _export_needs_a_configuration(self) -> str | None:
-        if self.train.save_hf_weights and not (self.model.config_path or self.model.foundation.get("model_type")):
+        decoders = [part.get("model_type") for part in self.model.decoders.values()]  # which may be trained alone
+        described = self.model.config_path or self.model.foundation.get("model_type") or any(decoders)
+        if self.train.save_hf_weights and not described:
             return (
                 "the exported folder needs the model's configuration: set model.config_path, model.model_path or "
                 "model.foundation.model_type, or train.save_hf_weights to false"

@@ -18,7 +18,7 @@ from .errors import DataError
 from .files import first_line
 from .layouts import normalize_example
 from .multimodal import encode_multimodal_sample
-from .placeholders import KINDS
+from .placeholders import KINDS, Generation
 from .preference import process_preference_example
 from .prepared import read_manifest
 from .row import Row
@@ -308,7 +308,11 @@ def _transform(description: DataDescription, tokenizer: Any, processor: Any) -> 
     if processor is None:
         encode = partial(process_sft_example, tokenizer=tokenizer, template=template)
     else:
-        encode = partial(encode_multimodal_sample, processor=processor, template=template, **_media(description))
+        # a processor of a model that draws says how
+        drawn = getattr(processor, "generation", None)
+        generation = Generation(**drawn) if drawn else None
+        media = {"generation": generation, **_media(description)}
+        encode = partial(encode_multimodal_sample, processor=processor, template=template, **media)
     if description.type == "preference":
         return partial(process_preference_example, encode=encode, columns=description.columns)
     return partial(encode, **columns)

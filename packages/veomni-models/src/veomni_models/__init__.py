@@ -1,13 +1,16 @@
 """Foundation models of the ecosystem, and omni models assembled from any parts."""
 
 from veomni_models.auto import register_omni_model
+from veomni_models.decoders import build_picture_decoder, register_decoder
 from veomni_models.distillation import fused_linear_distillation
+from veomni_models.drawing import DrawingOptions, Reply, drawing_options, reply
 from veomni_models.errors import ModelError
+from veomni_models.flow_decoder import FlowDecoder
 from veomni_models.foundation import build_foundation_model, build_tokenizer
 from veomni_models.fused_cross_entropy import fused_linear_cross_entropy, use_fused_loss
 from veomni_models.initialization import copy_weights, initialize_weights
 from veomni_models.log_probs import fused_linear_log_probs, sum_by_sample
-from veomni_models.omni import OmniModel, build_omni_model, load_encoders
+from veomni_models.omni import OmniModel, build_omni_model, load_decoders, load_encoders
 from veomni_models.omni_config import OmniConfig, is_omni_folder
 from veomni_models.omni_processor import OmniProcessor, build_omni_processor
 from veomni_models.plan import plan_for
@@ -21,8 +24,11 @@ from veomni_models.projectors import (
 )
 from veomni_models.segment_attention import register_segment_attention
 from veomni_models.towers import register_encoder
+from veomni_models.vq_tokenizer import VQTokenizer
 
 __all__ = [
+    "DrawingOptions",
+    "FlowDecoder",
     "LinearProjector",
     "MLPProjector",
     "ModelError",
@@ -31,24 +37,31 @@ __all__ = [
     "OmniProcessor",
     "PerceiverProjector",
     "PixelShuffleProjector",
+    "Reply",
+    "VQTokenizer",
     "build_foundation_model",
     "build_omni_model",
     "build_omni_processor",
+    "build_picture_decoder",
     "build_tokenizer",
     "copy_weights",
     "dpo_loss",
+    "drawing_options",
     "fused_linear_cross_entropy",
     "fused_linear_distillation",
     "fused_linear_log_probs",
     "initialize_weights",
     "is_omni_folder",
+    "load_decoders",
     "load_encoders",
     "orpo_loss",
     "plan_for",
+    "register_decoder",
     "register_encoder",
     "register_omni_model",
     "register_projector",
     "register_segment_attention",
+    "reply",
     "simpo_loss",
     "sum_by_sample",
     "use_fused_loss",

@@ -26,6 +26,11 @@ class OmniConfig(PreTrainedConfig):
             how many patches in each direction, or neighbours in time, become one token; and `projector`, its `type` and
             options. Videos may have `share: image` instead, which sends their frames through the encoder of pictures.
         image_token_id, video_token_id, audio_token_id: the placeholders that features of each modality replace.
+        decoders: for `image` what draws pictures: the decoder's own config under `config`, and under `drawing` those of
+            `DrawingOptions` that are not left at their defaults.
+        image_gen_token_id, image_gen_start_token_id, image_gen_end_token_id: the placeholder of a picture to draw,
+            which stands as often as the decoder has tokens, and what stands before and behind.
+        first_code_id: where the codes of a discrete decoder begin in the foundation's vocabulary.
     """
 
     model_type = "veomni_omni"
@@ -37,6 +42,11 @@ class OmniConfig(PreTrainedConfig):
         image_token_id: int | None = None,
         video_token_id: int | None = None,
         audio_token_id: int | None = None,
+        decoders: Mapping[str, Mapping[str, Any]] | None = None,
+        image_gen_token_id: int | None = None,
+        image_gen_start_token_id: int | None = None,
+        image_gen_end_token_id: int | None = None,
+        first_code_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = _as_config(text_config)
@@ -48,21 +58,26 @@ class OmniConfig(PreTrainedConfig):
         }
         self.image_token_id, self.video_token_id = image_token_id, video_token_id
         self.audio_token_id = audio_token_id
+        self.decoders = {
+            name: {**decoder, "config": _as_config(decoder["config"])} for name, decoder in (decoders or {}).items()
+        }
+        self.image_gen_token_id, self.first_code_id = image_gen_token_id, first_code_id
+        self.image_gen_start_token_id, self.image_gen_end_token_id = image_gen_start_token_id, image_gen_end_token_id
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values all the way down, as config.json holds them."""
         plain = super().to_dict()
         plain["text_config"] = self.text_config.to_dict() if self.text_config is not None else None
-        plain["encoders"] = plain_encoders(self.encoders)
+        plain["encoders"], plain["decoders"] = plain_parts(self.encoders), plain_parts(self.decoders)
         return plain
 
 
-def plain_encoders(encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`OmniConfig.encoders` as plain values, as JSON holds them."""
+def plain_parts(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`OmniConfig.encoders` or `.decoders` as plain values, as JSON holds them."""
     return {
-        name: {key: value.to_dict() if key == "config" else value for key, value in encoder.items()}
-        for name, encoder in encoders.items()
+        name: {key: value.to_dict() if key == "config" else value for key, value in part.items()}
+        for name, part in parts.items()
     }
 
 

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.image_utils import make_flat_list_of_images
 from transformers.video_utils import make_batched_videos
 
+from veomni_models.decoders import decoder_configs, picture_size
 from veomni_models.errors import ModelError
 from veomni_models.foundation import build_tokenizer
 from veomni_models.omni_config import (
@@ -36,12 +37,13 @@ from veomni_models.omni_config import (
     OmniConfig,
     encoder_configs,
     is_omni_folder,
-    plain_encoders,
+    plain_parts,
     token_counts,
 )
 from veomni_models.towers import BATCH_KEYS, kind_of, picture_patches, square_size
 
 _HALF = [0.5, 0.5, 0.5]  # mean and deviation that scale pixels to -1 .. 1
+_GEN_TOKENS = ("image_gen_token", "image_gen_start_token", "image_gen_end_token")
 _RATE, _HOP = 16_000, 160  # samples a second, and from one log-mel frame to the next
 
 
@@ -58,6 +60,8 @@ class OmniProcessor(ProcessorMixin):
         chat_template: Jinja source; None = the tokenizer's.
         encoders: as `OmniConfig.encoders`, from which tokens are counted.
         image_token, video_token, audio_token: stand for one picture, video or sound in a text; None = not taken.
+        decoders: as `OmniConfig.decoders`, by which pictures to draw are made.
+        image_gen_token, image_gen_start_token, image_gen_end_token: stand for a picture to draw, and around it.
     """
 
     def __init__(
@@ -71,12 +75,18 @@ class OmniProcessor(ProcessorMixin):
         image_token: str | None = None,
         video_token: str | None = None,
         audio_token: str | None = None,
+        decoders: Mapping[str, Mapping[str, Any]] = {},
+        image_gen_token: str | None = None,
+        image_gen_start_token: str | None = None,
+        image_gen_end_token: str | None = None,
     ) -> None:
-        self.config = OmniConfig(encoders=encoders)
-        self.encoders = plain_encoders(self.config.encoders)
+        self.config = OmniConfig(encoders=encoders, decoders=decoders)
+        self.encoders, self.decoders = plain_parts(self.config.encoders), plain_parts(self.config.decoders)
         for modality, token in zip(MODALITIES, (image_token, video_token, audio_token), strict=True):
             setattr(self, f"{modality}_token", token)
             setattr(self, f"{modality}_token_id", None if token is None else tokenizer.convert_tokens_to_ids(token))
+        self.image_gen_token = image_gen_token
+        self.image_gen_start_token, self.image_gen_end_token = image_gen_start_token, image_gen_end_token
         super().__init__(
             image_processor,
             video_processor,
@@ -94,9 +104,33 @@ class OmniProcessor(ProcessorMixin):
 
     @property
     def placeholder_ids(self) -> dict[str, int]:
-        """`image_token_id`, `video_token_id` and `audio_token_id`, of the modalities that are taken."""
+        """`image_token_id`, `video_token_id` and `audio_token_id`, of the modalities that are taken.
+
+        With a decoder, also `image_gen_token_id`, `image_gen_start_token_id` and `image_gen_end_token_id`.
+        """
         ids = {f"{modality}_token_id": getattr(self, f"{modality}_token_id") for modality in MODALITIES}
+        for name in _GEN_TOKENS if self.decoders else ():
+            ids[f"{name}_id"] = self.tokenizer.convert_tokens_to_ids(getattr(self, name))
         return {name: value for name, value in ids.items() if value is not None}
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """How a picture to draw is written: `token`, which stands `tokens` times between `begin` and `end`.
+
+        `image_processor` makes its pixels; the tokens are `learnt`, since the model counts them as targets. Empty
+        without a decoder.
+        """
+        if not self.decoders:
+            return {}
+        side, tokens = picture_size(self.config.decoders["image"]["config"])
+        return {
+            "image_processor": SiglipImageProcessor(size={"height": side, "width": side}, do_convert_rgb=True),
+            "token": self.image_gen_token,
+            "tokens": tokens,
+            "begin": self.image_gen_start_token,
+            "end": self.image_gen_end_token,
+            "learnt": True,
+        }
 
     @property
     def model_input_names(self) -> list[str]:
@@ -189,6 +223,10 @@ def build_omni_processor(
     image_token: str = "<image>",
     video_token: str = "<video>",
     audio_token: str = "<audio>",
+    decoders: Mapping[Any, Mapping[str, Any]] = {},
+    image_gen_token: str = "<image_gen>",
+    image_gen_start_token: str = "<image_gen_start>",
+    image_gen_end_token: str = "<image_gen_end>",
     chat_template: str | None = None,
 ) -> OmniProcessor:
     """The processor that fits `build_omni_model` with the same `encoders`.
@@ -198,10 +236,12 @@ def build_omni_processor(
         encoders: as for `build_omni_model`. An encoder's folder gives its processor, if it has one; without, it is made
             to fit the encoder's config: pictures are scaled to -1 .. 1, sounds are taken at 16,000 samples a second.
         image_token, video_token, audio_token: added to the tokenizer, for each modality with an encoder, if not in it.
+        decoders: as for `build_omni_model`.
+        image_gen_token, image_gen_start_token, image_gen_end_token: likewise, if there are decoders.
         chat_template: Jinja source for a tokenizer that has none.
 
     Raises:
-        ModelError: a folder is missing, or there is no encoder.
+        ModelError: a folder is missing, or there is no encoder and no decoder.
     """
     if tokenizer_path is None:
         raise ModelError("no tokenizer was given: set model.tokenizer_path to the folder of one")
@@ -210,12 +250,14 @@ def build_omni_processor(
     tokenizer: PreTrainedTokenizerBase = build_tokenizer(tokenizer_path)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ModelError(f"{tokenizer_path}: the tokenizer has no pad_token and no eos_token: set one")
-    if not encoders:
+    if not encoders and not decoders:
         raise ModelError("model.encoders is empty: an omni processor needs an encoder of pictures, videos or sounds")
     configs = encoder_configs(encoders)
     tokens = {"image": image_token, "video": video_token, "audio": audio_token}
     tokens = {modality: token for modality, token in tokens.items() if modality in configs}
-    for token in tokens.values():
+    drawn = dict(zip(_GEN_TOKENS, (image_gen_token, image_gen_start_token, image_gen_end_token), strict=True))
+    drawn = drawn if decoders else {}
+    for token in [*tokens.values(), *drawn.values()]:
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:  # padding is masked, so that any token will do
@@ -233,8 +275,10 @@ def build_omni_processor(
         parts["audio"],
         tokenizer,
         chat_template,
-        plain_encoders(configs),
+        plain_parts(configs),
         **{f"{modality}_token": token for modality, token in tokens.items()},
+        decoders=plain_parts(decoder_configs(decoders, None)),
+        **drawn,
     )
 
 

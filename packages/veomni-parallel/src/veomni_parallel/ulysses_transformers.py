@@ -27,6 +27,7 @@ from veomni_parallel.packed_rows import (
 )
 from veomni_parallel.packed_transformers import inner_implementation, register_packed_attention
 from veomni_parallel.padded_rows import pad_packed_rows
+from veomni_parallel.shared_sequence import share_sequence
 
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types of transformers' configs whose mask is known from the config."""
@@ -61,7 +62,8 @@ def apply_ulysses(model: nn.Module, mesh: Mesh, *, overlap: bool = False) -> Non
     `model.get_decoder()` gets a registered attention function; the implementation it was configured with (sdpa, eager,
     flash, or one registered by the user) runs inside, on the whole row of some heads. What a token sees is taken from
     `cu_seq_lens_q` and the layer's window or chunk. Linear-attention layers take the end of the slice before and
-    exchange heads. Towers beside the decoder keep their attention. Call this before wrapping.
+    exchange heads. Towers beside the decoder keep their attention. A model with an attribute
+    `shared_sequence` gets a `SharedSequence` there. Call this before wrapping.
 
     A forward then takes, by keyword, `cu_seq_lens_q` of the whole row and `position_ids` that restart for each sample.
     Its tokens are either this rank's slice already (`torch.tensor_split` of the row), or (multimodal models) still the
@@ -97,6 +99,7 @@ def apply_ulysses(model: nn.Module, mesh: Mesh, *, overlap: bool = False) -> Non
         raise ParallelError(f"Ulysses cannot slice the rows of {title}: {reason}; use ulysses=1.")
     link = RowLink(decoder, inner_implementation(config), mesh.get_group(), ranks, mesh.get_local_rank())
     _attach(model, link, attention)
+    share_sequence(model, mesh)
     if overlap:
         overlap_exchanges(attention)
 

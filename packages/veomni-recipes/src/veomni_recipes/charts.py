@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from veomni_recipes.evaluation import Answer
 
@@ -37,14 +38,14 @@ def draw_answers(
     columns: int = 6,
     rows: int = 6,
 ) -> None:
-    """A grid of held-out pictures, frames of videos and spectra of sounds with question and answer.
+    """A grid of held-out pictures, frames of videos and spectra of sounds with question, answer and what was drawn.
 
     Some of every task are shown; errors are red, with the truth.
 
     Args:
         answers: of the model.
         prompts: the held-out samples; `images`, `videos` and `audio` of `prompts[answer.row]` are what it is about.
-        path: the PNG file.
+        path: the PNG file, in the folder of the run.
         scores: shares of right answers, for the title.
         columns, rows: size of the grid.
     """
@@ -56,13 +57,40 @@ def draw_answers(
     figure.suptitle(", ".join(f"{k.removesuffix('_accuracy').replace('_', ' ')} {v:.1%}" for k, v in scores.items()))
     places = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, answer in zip(places, chosen, strict=False):
-        axes.imshow(_side_by_side(_pictures(prompts[answer.row])), interpolation="nearest")
+        drawn = [_open(path.parent / name) for name in answer.drawings]
+        pictures = [*_pictures(prompts[answer.row]), *drawn]
+        if pictures:
+            axes.imshow(_side_by_side(pictures), interpolation="nearest")
         truth = "" if answer.right else f"\ntruth: {answer.truth}"
         color = "black" if answer.right else "red"
         axes.set_title(f"{answer.question}\n{answer.text}{truth}", fontsize=8, color=color)
     for axes in places:
         axes.axis("off")
     figure.savefig(path, dpi=120)
+
+
+def draw_pairs(originals: Tensor, made: Tensor, path: Path, columns: int = 16, rows: int = 4) -> None:
+    """A grid of pictures, each with what became of it below.
+
+    Args:
+        originals, made: [n, 3, S, S] in -1 .. 1.
+    """
+    from PIL import Image
+
+    side, scale = originals.shape[-1], max(1, 64 // originals.shape[-1])
+    sheet = Image.new("RGB", (columns * (side + 1), rows * (2 * side + 3)), "grey")
+    for i in range(min(len(originals), columns * rows)):
+        for below, picture in enumerate((originals[i], made[i])):
+            pixels = ((picture.movedim(0, -1) + 1) * 127.5).round().byte().numpy()
+            top = i // columns * (2 * side + 3) + below * (side + 1)
+            sheet.paste(Image.fromarray(pixels), (i % columns * (side + 1), top))
+    sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def _open(path: Path) -> Image:
+    from PIL import Image
+
+    return Image.open(path)
 
 
 def _choose(answers: Sequence[Answer], count: int) -> list[Answer]:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from veomni_recipes.launch import USER_ERROR, ends_with_one_sentence, launch
 
-RECIPES = {"train_omni_model": "veomni_recipes.tasks.omni.train_omni_model"}
+RECIPES = {
+    "train_omni_model": "veomni_recipes.tasks.omni.train_omni_model",
+    "train_image_tokenizer": "veomni_recipes.tasks.omni.train_image_tokenizer",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

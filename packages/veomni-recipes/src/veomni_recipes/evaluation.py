@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from veomni_models import OmniModel, OmniProcessor
+from veomni_data import Generation
+from veomni_models import OmniModel, OmniProcessor, drawing_options, reply
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
 
@@ -24,6 +26,8 @@ class Answer:
         question: the user's last message without its pictures, videos and sounds.
         text: the model's answer.
         truth: the data's answer.
+        wanted: how many pictures the data's answer draws.
+        drawings: files of the pictures that the model drew, from the run's folder.
     """
 
     row: int
@@ -31,11 +35,21 @@ class Answer:
     question: str
     text: str
     truth: str
+    wanted: int = 0
+    drawings: tuple[str, ...] = ()
 
     @property
     def right(self) -> bool:
-        """Whether the two agree, but for white space around them."""
-        return self.text.strip() == self.truth.strip()
+        """Whether the texts agree, but for white space around them, and as many pictures were drawn as in the data."""
+        return self.text.strip() == self.truth.strip() and len(self.drawings) == self.wanted
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model answered: `text`, decoded without special tokens, and the `pictures` that it drew."""
+
+    text: str
+    pictures: tuple[Image, ...] = ()
 
 
 @torch.no_grad()
@@ -46,8 +60,9 @@ def generate(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 64,
-) -> list[str]:
-    """What the model says to each prompt, decoded greedily, without special tokens.
+    **drawing: Any,
+) -> list[Said]:
+    """What the model says to each prompt, decoded greedily, and the pictures that it draws.
 
     Args:
         model: any model that generates from its processor's output; not sharded.
@@ -56,8 +71,9 @@ def generate(
             placeholder for each of its `images`, `videos` and `audio`.
         max_new_tokens: where an answer is cut.
         batch_size: prompts decoded together, padded on the left.
+        drawing: of `DrawingOptions`, for a model that draws, in place of what its config says.
     """
-    answers: list[str] = []
+    answers: list[Said] = []
     tokenizer = processor.tokenizer
     model.eval()
     for start in range(0, len(prompts), batch_size):
@@ -70,6 +86,21 @@ def generate(
             padding_side="left",
             return_token_type_ids=False,
         ).to(model.device)
+        if isinstance(model, OmniModel) and model.config.decoders:
+            options = drawing_options(model, **{**drawing, "seed": drawing.get("seed", 0) + start})
+            answers += [
+                Said(tokenizer.decode(made.token_ids, skip_special_tokens=True), tuple(map(_image, made.pictures)))
+                for made in reply(
+                    model,
+                    dict(inputs),
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                    max_new_tokens=max_new_tokens,
+                    unconditional_ids=_nothing_asked(processor),
+                    drawing=options,
+                )
+            ]
+            continue
         made = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -77,8 +108,29 @@ def generate(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        answers += tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += map(Said, texts)
     return answers
+
+
+def _nothing_asked(processor: ProcessorMixin) -> torch.Tensor:
+    """int64 [S]: an empty message, and an answer that begins with a picture."""
+    messages = [{"role": "user", "content": ""}]
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = processor.tokenizer(text + processor.image_gen_start_token, add_special_tokens=False, return_tensors="pt")
+    return ids["input_ids"][0]
+
+
+def _image(pixels: torch.Tensor) -> Image:
+    """[3, S, S] in -1 .. 1 as a picture."""
+    from PIL import Image
+
+    return Image.fromarray(((pixels.movedim(0, -1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy())
+
+
+def pictures_to_draw(processor: OmniProcessor) -> Generation | None:
+    """How the pictures of answers become part of a sample; None for a model that does not draw."""
+    return Generation(**processor.generation) if processor.generation else None
 
 
 def _media(processor: ProcessorMixin, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -96,20 +148,41 @@ def _media(processor: ProcessorMixin, prompts: Sequence[Mapping[str, Any]]) -> d
 def prompt_options(processor: OmniProcessor) -> dict[str, Any]:
     """What `multimodal_prompt` has to know of a processor."""
     tokens = {f"{kind}_token": getattr(processor, f"{kind}_token") for kind in ("image", "video", "audio")}
-    return {**tokens, "sampling_rate": processor.feature_extractor.sampling_rate}
+    return {
+        **tokens,
+        "generation": pictures_to_draw(processor),
+        "sampling_rate": processor.feature_extractor.sampling_rate,
+    }
 
 
-def answer_held_out(folder: Path, prompts: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[Answer]:
-    """What the exported model in `folder` answers to `rows` of held-out prompts (made by `multimodal_prompt`)."""
+def answer_held_out(
+    folder: Path, prompts: Sequence[Mapping[str, Any]], rows: Sequence[int], drawings: Path
+) -> list[Answer]:
+    """What the exported model in `folder` answers to `rows` of held-out prompts (made by `multimodal_prompt`).
+
+    What it draws is written into the folder `drawings` as PNG files.
+    """
     model, processor = load_exported(folder)
     chosen = [prompts[row] for row in rows]
     truths = processor.tokenizer([p["answer"] for p in chosen] or [""], add_special_tokens=False)["input_ids"]
     longest = max(map(len, truths)) + 8  # an answer that goes on beyond is wrong whatever follows
-    texts = generate(model, processor, chosen, max_new_tokens=longest)
-    return [
-        Answer(row, p.get("task", "question"), p["question"], text, p["answer"])
-        for row, p, text in zip(rows, chosen, texts, strict=True)
-    ]
+    answers = []
+    said = generate(model, processor, chosen, max_new_tokens=longest, seed=rows[0] if rows else 0)
+    for row, prompt, each in zip(rows, chosen, said, strict=True):
+        files = save_pictures(each.pictures, drawings, f"{row:04d}")
+        names = tuple(f"{drawings.name}/{file.name}" for file in files)
+        truth, wanted = prompt["answer"], len(prompt.get("targets", ()))
+        answers.append(Answer(row, prompt.get("task", "question"), prompt["question"], each.text, truth, wanted, names))
+    return answers
+
+
+def save_pictures(pictures: Sequence[Image], folder: Path, name: str) -> list[Path]:
+    """Write pictures as PNG files `name_1.png`, `name_2.png`, ...; the folder is made if there is any."""
+    files = [folder / f"{name}_{i}.png" for i in range(1, len(pictures) + 1)]
+    for file, picture in zip(files, pictures, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+    return files
 
 
 def load_exported(folder: Path) -> tuple[OmniModel, OmniProcessor]:

@@ -7,7 +7,6 @@ from veomni_config import ConfigError, OmniRecipeConfig, Problem
 _NOT_YET = (
     "data.data_type",
     "data.generation_ratio",
-    "model.decoders",
     "model.input_encoder",
     "model.output_encoder",
     "model.encode_target",
@@ -25,7 +24,6 @@ _NOT_YET = (
     "train.use_wandb",
     "train.async_enabled",
     "train.save_initial_model",
-    "train.freeze_decoder",
     "train.ep_outside",
 )
 

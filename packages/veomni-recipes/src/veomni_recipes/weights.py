@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from veomni_ckpt import load_pretrained
 from veomni_config import ConfigError, ModelConfig, OmniTrainConfig, Problem
-from veomni_models import OmniModel, is_omni_folder, load_encoders
+from veomni_models import OmniModel, is_omni_folder, load_decoders, load_encoders
 
 from veomni_recipes.optimization import check_globs
 
@@ -19,6 +19,8 @@ def freeze_parts(model: OmniModel, train: OmniTrainConfig) -> None:
         model.encoders.requires_grad_(False)
     if train.freeze_encoder_all:
         model.projectors.requires_grad_(False)
+    if train.freeze_decoder:
+        model.decoders.requires_grad_(False)
     names = dict(model.named_parameters())
     check_globs("train.freeze_params", train.freeze_params, names)
     for name, parameter in names.items():
@@ -36,7 +38,8 @@ def learning_rates(model: OmniModel, train: OmniTrainConfig) -> dict[str, float]
 
 
 def load_parts(model: OmniModel, cfg: ModelConfig) -> None:
-    """Fill the parts of a sharded model whose `model_path` the configuration names: all or the foundation, encoders."""
+    """Fill the parts of a sharded model whose `model_path` the configuration names."""
     if cfg.model_path is not None:
         load_pretrained(model if is_omni_folder(cfg.model_path) else model.foundation, cfg.model_path)
     load_encoders(model, cfg.encoders)
+    load_decoders(model, cfg.decoders)

@@ -1,4 +1,4 @@
-"""Train an omni model: encoders of pictures, videos and sounds before a language model, on conversations about them.
+"""Train an omni model, which reads pictures, videos and sounds and draws pictures, on conversations with them.
 
     torchrun --nproc-per-node 2 -m veomni_recipes.tasks.omni.train_omni_model run.yaml --train.lr 1e-4
 
@@ -44,7 +44,7 @@ from veomni_parallel import (
 from veomni_recipes.charts import draw_answers, draw_loss
 from veomni_recipes.data_checks import check_rows, sizes_that_differ
 from veomni_recipes.distributed import barrier, gather, init_distributed, rank, to_device, world_size
-from veomni_recipes.evaluation import accuracies, answer_held_out, prompt_options
+from veomni_recipes.evaluation import accuracies, answer_held_out, pictures_to_draw, prompt_options
 from veomni_recipes.launch import ends_with_one_sentence, seconds_since_launch
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
 from veomni_recipes.progress import Display, Progress, count_tokens
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # data: conversations -> samples -> the packed micro-batches of one optimizer step
     encoders = cfg.model.encoders
-    processor = build_omni_processor(cfg.model.tokenizer_path, encoders=encoders)
+    processor = build_omni_processor(cfg.model.tokenizer_path, encoders=encoders, decoders=cfg.model.decoders)
     template = get_chat_template(cfg.data.chat_template, processor.tokenizer)
     processor.tokenizer.chat_template = processor.chat_template = template.source  # exported with the model
     columns: dict[str, Any] = {
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         processor=processor,
         template=template,
         max_image_nums=cfg.data.max_image_nums,
+        generation=pictures_to_draw(processor),
         **columns,
         **limits,
     )
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         weights_path=cfg.model.model_path,
         foundation=cfg.model.foundation,
         encoders=encoders,
+        decoders=cfg.model.decoders,
         vocab_size=len(processor.tokenizer),
         **processor.placeholder_ids,
         attn_implementation=cfg.model.attn_implementation,
@@ -194,12 +196,13 @@ def main(argv: list[str] | None = None) -> None:
             # the loss is the sum over target tokens divided by those of the whole step, over all ranks
             targets = global_sum(count_targets(micro_batches), state.dp)
             loss = torch.zeros((), device=device)
+            noise_seed = cfg.train.seed * 1_000_003 + progress.step  # what is drawn learns from new noise every step
             for i, batch in enumerate(micro_batches):
                 batch = slice_for_sequence_parallel(
                     to_device(batch, device), state.sp.get_local_rank(), state.sp.size(), pad_token_id=pad_token_id
                 )
                 with gradient_sync(model, enabled=i == len(micro_batches) - 1):
-                    part = model(**batch, num_items_in_batch=targets, use_cache=False).loss
+                    part = model(**batch, num_items_in_batch=targets, noise_seed=noise_seed, use_cache=False).loss
                     (part * loss_scale(state)).backward()
                 loss += part.detach()
             grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
@@ -237,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         export_hf(model, exported, assets=[processor])
     if held_out is not None:
         own = range(rank(), len(held_out), world_size())
-        answers = sorted(chain(*gather(answer_held_out(exported, held_out, own))))
+        answers = sorted(chain(*gather(answer_held_out(exported, held_out, own, folder / "drawings"))))
         scores, question = accuracies(answers), answers[0].question
         if first:
             write_json_lines(folder / "predictions.jsonl", map(asdict, answers))
