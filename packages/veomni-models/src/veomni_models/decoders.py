@@ -115,12 +115,17 @@ def is_discrete(config: PreTrainedConfig) -> bool:
 def picture_size(config: PreTrainedConfig) -> tuple[int, int]:
     """Pixels of a side of a decoder's pictures, and their tokens."""
     decoder = _on_meta(config)
-    return _attribute(decoder, "image_size"), _attribute(decoder, "num_tokens")
+    return _attribute(decoder, "image_size"), tokens_of(decoder)
 
 
 def number_of_codes(config: PreTrainedConfig) -> int:
     """Entries of a discrete decoder's codebook; 0 of any other."""
     return _attribute(_on_meta(config), "num_codes") if is_discrete(config) else 0
+
+
+def tokens_of(decoder: Any) -> int:
+    """Tokens of a picture."""
+    return _attribute(decoder, "num_tokens")
 
 
 def _attribute(decoder: Any, name: str) -> int:

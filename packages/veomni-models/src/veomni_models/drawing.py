@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veomni_models.decoders import tokens_of
 from veomni_models.errors import ModelError
 from veomni_models.last_states import last_states
 from veomni_models.omni import OmniModel
@@ -175,7 +176,7 @@ def _draw_codes(
     rows = [*contexts, *([unconditional] * n if unconditional is not None else [])]
     embeds, mask = _padded(rows)
     positions, cache, codes = _positions(mask), None, []
-    for _ in range(decoder.num_tokens):
+    for _ in range(tokens_of(decoder)):
         out = model.foundation(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
