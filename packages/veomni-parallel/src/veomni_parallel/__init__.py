@@ -22,6 +22,7 @@ from veomni_parallel.mixed_precision import MixedPrecision
 from veomni_parallel.packed_attention import MaskRule, packed_attention
 from veomni_parallel.parallelize import build_parallelize_model
 from veomni_parallel.plan import ParallelPlan
+from veomni_parallel.replica_checks import Difference, NonFinite, find_nonfinite, sync_check
 from veomni_parallel.router_loss import router_loss
 from veomni_parallel.tensor_parallel import apply_tensor_parallel
 from veomni_parallel.tower_sharing import share_towers
@@ -30,12 +31,14 @@ from veomni_parallel.ulysses_transformers import apply_packed_attention, apply_u
 from veomni_parallel.vocabulary_parallel import vocabulary_parallel_cross_entropy
 
 __all__ = [
+    "Difference",
     "Exchange",
     "ExchangePlan",
     "Leak",
     "LeakReport",
     "MaskRule",
     "MixedPrecision",
+    "NonFinite",
     "OffloadReport",
     "ParallelError",
     "ParallelPlan",
@@ -53,6 +56,7 @@ __all__ = [
     "clip_grad_norm_",
     "count_targets",
     "deal_samples",
+    "find_nonfinite",
     "fit_costs",
     "global_sum",
     "gradient_sync",
@@ -65,6 +69,7 @@ __all__ = [
     "resolve_sizes",
     "router_loss",
     "share_towers",
+    "sync_check",
     "tokens_per_expert",
     "ulysses_attention",
     "vocabulary_parallel_cross_entropy",
