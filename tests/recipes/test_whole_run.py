@@ -19,7 +19,7 @@ processor = OmniProcessor.from_pretrained(folder)
 template = get_chat_template("default", processor.tokenizer)
 prompt = lambda row: multimodal_prompt(row, image_token=processor.image_token, template=template)
 rows = build_dataset(data, transform=prompt)
-print(json.dumps([answer.text for answer in answer_held_out(folder, rows, range(len(rows)))]))
+print(json.dumps([answer.text for answer in answer_held_out(folder, rows, range(len(rows)), folder.parent)]))
 """
 
 

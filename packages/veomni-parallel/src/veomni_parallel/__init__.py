@@ -29,6 +29,7 @@ from veomni_parallel.tower_sharing import share_towers
 from veomni_parallel.ulysses import ulysses_attention
 from veomni_parallel.ulysses_transformers import apply_packed_attention, apply_ulysses, plain_attention
 from veomni_parallel.vocabulary_parallel import vocabulary_parallel_cross_entropy
+from veomni_parallel.watchdog import Watchdog
 
 __all__ = [
     "Difference",
@@ -45,6 +46,7 @@ __all__ = [
     "ParallelSizes",
     "ParallelState",
     "SelectiveCheckpointing",
+    "Watchdog",
     "activation_offload",
     "apply_expert_parallel",
     "apply_packed_attention",
