@@ -8,21 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.parallel.parity import VOCABULARY, Batch, Gradients, pack, samples
+from tests.parallel.parity import TINY, Batch, Gradients, pack, samples
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "use_cache": False,
-}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR = {
     "linear_num_key_heads": 2,
@@ -104,7 +91,7 @@ def _config(name: str) -> Any:
     import transformers
 
     config_class, keys = TEXT[name]
-    keys = {key: value for key, value in {**SMALL, **keys}.items() if value is not None}
+    keys = {key: value for key, value in {**TINY, **keys}.items() if value is not None}
     return getattr(transformers, config_class)(**keys)
 
 

@@ -6,33 +6,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from veomni_parallel import (
-    ParallelPlan,
-    build_parallelize_model,
-    clip_grad_norm_,
-    count_targets,
-    global_sum,
-    init_parallel_state,
-    loss_scale,
-    tokens_per_expert,
-)
 
-from tests.parallel.parity import VOCABULARY, Batch, Gradients, StrangerBlock, StrangerOutput, cut, gradients_of, pack
+from tests.parallel.parity import TINY, Batch, Gradients, Stranger, pack, step_of, truth_of
 from tests.parallel.parity import samples as parity_samples
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCABULARY,
-    "use_cache": False,
-    "pad_token_id": 0,
-}
 MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
@@ -99,37 +77,17 @@ class StrangerExperts(nn.Module):
         return out
 
 
-class StrangerMixture(nn.Module):
-    """A decoder with hand-written blocks, a router and experts that keep the protocol."""
+class StrangerMixture(Stranger):
+    """The decoder with hand-written blocks, and a router and experts that keep the protocol behind each."""
 
-    def __init__(self, width: int = 32, heads: int = 4, layers: int = 2, experts: int = 4) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(64, width)
-        self.blocks = nn.ModuleList(StrangerBlock(width, heads, None) for _ in range(layers))
+    def __init__(self, width: int = 32, layers: int = 2, experts: int = 4) -> None:
+        super().__init__(width, layers=layers)
         self.routers = nn.ModuleList(nn.Linear(width, experts) for _ in range(layers))
         self.mixtures = nn.ModuleList(StrangerExperts(experts, width) for _ in range(layers))
-        self.head = nn.Linear(width, VOCABULARY)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        shift_labels: torch.Tensor,
-        cu_seq_lens_q: torch.Tensor,
-        num_items_in_batch: int,
-        **_: Any,
-    ) -> Any:
-        whole = int(cu_seq_lens_q[-1])
-        of = torch.searchsorted(cu_seq_lens_q[1:].long(), torch.arange(whole), right=True)
-        mask = (of[:, None] == of[None]).tril()
-        x = self.tokens(input_ids) + self.positions(position_ids)
-        for block, router, experts in zip(self.blocks, self.routers, self.mixtures, strict=True):
-            x = block(x, mask)
-            weights, index = router(x[0]).softmax(-1).topk(2, dim=-1)
-            x = x + experts(x[0], index, weights)[None]
-        logits = self.head(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / num_items_in_batch
-        return StrangerOutput(loss, logits)
+    def after_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.routers[index](x[0]).softmax(-1).topk(2, dim=-1)
+        return x + self.mixtures[index](x[0], chosen, weights)[None]
 
 
 def build(name: str, **changes: Any) -> nn.Module:
@@ -140,7 +98,7 @@ def build(name: str, **changes: Any) -> nn.Module:
     import transformers
 
     config_class, extra = MODELS[name]
-    keys = SMALL | extra | changes
+    keys = TINY | extra | changes
     if name in HEADLESS:
         keys.pop("head_dim")
     config = getattr(transformers, config_class)(**keys)
@@ -165,44 +123,12 @@ def samples() -> list[Batch]:
 @cache
 def truth(name: str) -> tuple[float, Gradients]:
     """Loss and gradients of the step on one process, each sample alone through the untouched model."""
-    model, data = build(name), samples()
-    total, loss = sum(int((sample["shift_labels"] != -100).sum()) for sample in data), 0.0
-    for sample in data:
-        one = model(**pack([sample]), num_items_in_batch=total).loss
-        one.backward()
-        loss += one.item()
-    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return truth_of(build(name), samples())
 
 
 def step(name: str, sizes: dict[str, int], options: dict[str, Any]) -> dict[str, Any]:
-    """The step of `truth` on the ranks of this process group, in two uneven micro-batches per data-parallel rank."""
-    state = init_parallel_state(**sizes, device_type="cpu")
-    model = build(name)
-    if name == "stranger":
-        for block in model.blocks:
-            block.group = state.sp.get_group()
-    if isinstance(plan := options.get("plan"), dict):
-        options = options | {"plan": ParallelPlan(**plan)}
-    model = build_parallelize_model(model, state, **options)
-    own = samples()[state.dp.get_local_rank() :: state.dp.size()]
-    micro_batches = [pack(own[:1]), pack(own[1:])]
-    total, loss = global_sum(count_targets(micro_batches), state.dp), torch.zeros(())
-    for batch in micro_batches:
-        batch = cut(batch, state.sp.get_local_rank(), state.sp.size())
-        part = model(**batch, num_items_in_batch=total).loss
-        (part * loss_scale(state)).backward()
-        loss += part.detach()
-    gradients = gradients_of(model)
-    norm = clip_grad_norm_(model, 0.5, state)
-    clipped = gradients_of(model)  # collective, so on all ranks
-    counts = tokens_per_expert(model, state)
-    return {
-        "loss": float(global_sum(loss, state.loss)),
-        "gradients": gradients if state.rank == 0 else {},
-        "norm": norm,
-        "clipped": clipped if state.rank == 0 else {},
-        "counts": counts,
-    }
+    """The step of `truth` on the ranks of this process group."""
+    return step_of(build(name), samples(), sizes, options)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.parallel.parity import VOCABULARY, Batch, Gradients
+from tests.parallel.parity import TINY, VOCABULARY, Batch, Gradients
 
 IMAGE, AUDIO, VIDEO, START = 1, 2, 3, 4
 SAMPLES: list[tuple[int, list[tuple[int, int]], list[int], list[tuple[int, int]]]] = [
@@ -25,17 +25,7 @@ SAMPLES: list[tuple[int, list[tuple[int, int]], list[int], list[tuple[int, int]]
 """58 tokens and more, which no number of ranks divides."""
 
 TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "use_cache": False,
+    **TINY,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 1e4,

@@ -7,6 +7,7 @@ from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,12 +21,30 @@ from veomni_parallel import (
     gradient_sync,
     init_parallel_state,
     loss_scale,
+    tokens_per_expert,
     ulysses_attention,
 )
 
 LENGTHS = (13, 7, 20, 5, 9, 11, 17, 3)
 """85 tokens in all, so that no row of one data-parallel rank is divisible by two."""
 VOCABULARY = 64
+TOLERANCE = 1e-5
+"""Of a loss, and of a gradient's largest value."""
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "use_cache": False,
+}
+"""Keys of a decoder's config."""
 
 Batch = dict[str, Any]
 Gradients = dict[str, torch.Tensor]
@@ -78,11 +97,14 @@ class Stranger(nn.Module):
         of = torch.searchsorted(cu_seq_lens_q[1:].long(), torch.arange(whole), right=True)
         mask = (of[:, None] == of[None]).tril()
         x = self.tokens(input_ids) + self.positions(position_ids)
-        for block in self.blocks:
-            x = block(x, mask)
+        for index, block in enumerate(self.blocks):
+            x = self.after_block(index, block(x, mask))
         logits = self.head(x)
         loss = F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / num_items_in_batch
         return StrangerOutput(loss, logits)
+
+    def after_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class Omni(nn.Module):
@@ -119,14 +141,7 @@ def build(name: str, **changes: Any) -> nn.Module:
     else:
         config_class = {"llama": "LlamaConfig", "qwen3": "Qwen3Config", "mistral": "MistralConfig"}[name]
         keys = {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "vocab_size": VOCABULARY,
-            "use_cache": False,
+            **TINY,
             **({"sliding_window": 6} if name == "mistral" else {}),
             **({"tie_word_embeddings": True} if name == "qwen3" else {}),
             **changes,
@@ -191,7 +206,11 @@ def cut(batch: Batch, rank: int, ranks: int) -> Batch:
 @cache
 def truth(name: str) -> tuple[float, Gradients]:
     """Loss and gradients of the step on one process, each sample alone."""
-    model, data = build(name), samples(pictures=name == "omni")
+    return truth_of(build(name), samples(pictures=name == "omni"))
+
+
+def truth_of(model: nn.Module, data: list[Batch]) -> tuple[float, Gradients]:
+    """Loss and gradients of samples on one process, each alone through a plain model."""
     total, loss = sum(int((sample["shift_labels"] != -100).sum()) for sample in data), 0.0
     for sample in data:
         one = model(**pack([sample]), num_items_in_batch=total).loss
@@ -214,16 +233,26 @@ def gradients_of(model: nn.Module) -> Gradients:
 
 
 def step(name: str, sizes: dict[str, int], options: dict[str, Any], accumulate_locally: bool = False) -> Batch:
-    """The step of `truth` on the ranks of this process group, in two uneven micro-batches per data-parallel rank."""
+    """The step of `truth` on the ranks of this process group."""
+    return step_of(build(name), samples(pictures=name == "omni"), sizes, options, accumulate_locally)
+
+
+def step_of(
+    model: nn.Module,
+    data: list[Batch],
+    sizes: dict[str, int],
+    options: dict[str, Any],
+    accumulate_locally: bool = False,
+) -> Batch:
+    """The step of `truth_of` on the ranks of this process group, in two uneven micro-batches per data-parallel rank."""
     state = init_parallel_state(**sizes, device_type="cpu")
-    model = build(name)
-    if name == "stranger":
-        for block in model.blocks:
-            block.group = state.sp.get_group()
+    for module in model.modules():
+        if isinstance(module, StrangerBlock):
+            module.group = state.sp.get_group()
     if isinstance(plan := options.get("plan"), dict):
-        options = {**options, "plan": ParallelPlan(**plan)}
+        options = options | {"plan": ParallelPlan(**plan)}
     model = build_parallelize_model(model, state, **options)
-    own = samples(pictures=name == "omni")[state.dp.get_local_rank() :: state.dp.size()]
+    own = data[state.dp.get_local_rank() :: state.dp.size()]
     micro_batches = [pack(own[:1]), pack(own[1:])]
     total, loss = global_sum(count_targets(micro_batches), state.dp), torch.zeros(())
     for index, batch in enumerate(micro_batches):
@@ -241,7 +270,23 @@ def step(name: str, sizes: dict[str, int], options: dict[str, Any], accumulate_l
         "norm": norm,
         "clipped": clipped if state.rank == 0 else {},
         "wrapper": type(model).__name__,
+        "counts": tokens_per_expert(model, state),
     }
+
+
+def assert_true(expected: tuple[float, Gradients], results: list[dict[str, Any]]) -> None:
+    """What `step_of` gave on all ranks is what `truth_of` gave."""
+    loss, gradients = expected
+    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
+    got = results[0]
+    assert got["loss"] == pytest.approx(loss, rel=TOLERANCE)
+    difference, where = worst(got["gradients"], gradients)
+    assert difference <= TOLERANCE, f"{where} is off by {difference:.1e}"
+    assert got["norm"].item() == pytest.approx(norm, rel=1e-6)
+    assert all(torch.equal(other["norm"], got["norm"]) for other in results), "the norm differs between ranks"
+    factor = 0.5 / (norm + 1e-6)
+    difference, where = worst(got["clipped"], {n: g * factor for n, g in gradients.items()})
+    assert difference <= TOLERANCE, f"{where} was not clipped by {factor:.3f}"
 
 
 def worst(gradients: Gradients, reference: Gradients) -> tuple[float, str]:

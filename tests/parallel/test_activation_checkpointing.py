@@ -8,9 +8,8 @@ from ranks import Ranks
 from torch import nn
 from veomni_parallel import SelectiveCheckpointing, build_parallelize_model, init_parallel_state
 
-from tests.parallel.mixtures import build, step
-from tests.parallel.parity import pack, samples
-from tests.parallel.test_expert_parallel import assert_equal_to_truth
+from tests.parallel.mixtures import build, step, truth
+from tests.parallel.parity import assert_true, pack, samples
 
 
 @pytest.mark.parametrize("option", ["selective", 2, SelectiveCheckpointing(keep=("aten.mm",))], ids=str)
@@ -18,7 +17,7 @@ from tests.parallel.test_expert_parallel import assert_equal_to_truth
 def test_whatever_is_recomputed_the_gradients_are_the_same(
     name: str, sizes: dict[str, int], option: Any, two_ranks: Ranks
 ) -> None:
-    assert_equal_to_truth(name, two_ranks.run(step, name, sizes, {"activation_checkpointing": option}))
+    assert_true(truth(name), two_ranks.run(step, name, sizes, {"activation_checkpointing": option}))
 
 
 def kept_and_calls(option: Any) -> tuple[int, list[int]]:

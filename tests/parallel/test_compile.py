@@ -8,8 +8,8 @@ import pytest
 from ranks import Ranks
 from veomni_parallel import build_parallelize_model, init_parallel_state
 
-from tests.parallel.mixtures import build, step
-from tests.parallel.test_expert_parallel import assert_equal_to_truth
+from tests.parallel.mixtures import build, step, truth
+from tests.parallel.parity import assert_true
 
 AOT = {"backend": "aot_eager"}
 
@@ -27,7 +27,7 @@ def compiled(name: str, sizes: dict[str, int], options: dict[str, Any]) -> dict[
 def test_compiled_blocks_have_the_gradients_of_one_process(two_ranks: Ranks) -> None:
     options = {"compile": AOT, "activation_checkpointing": "full", "plan": {"experts": ["mixtures.*"]}}
     results = two_ranks.run(compiled, "stranger", {"ep": 2}, options)
-    assert_equal_to_truth("stranger", results)
+    assert_true(truth("stranger"), results)
     assert all(result["graphs"] >= 1 for result in results), "nothing was compiled"
 
 
@@ -56,5 +56,5 @@ def test_whatever_compiles_and_is_recomputed_the_gradients_are_the_same(
 ) -> None:
     options = {"compile": compile, "activation_checkpointing": activation_checkpointing}
     results = two_ranks.run(compiled, name, sizes, options, timeout=110)
-    assert_equal_to_truth(name, results)
+    assert_true(truth(name), results)
     assert all(result["graphs"] >= 1 for result in results), "nothing was compiled"

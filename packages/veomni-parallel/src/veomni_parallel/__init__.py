@@ -27,6 +27,7 @@ from veomni_parallel.router_loss import router_loss
 from veomni_parallel.tensor_parallel import apply_tensor_parallel
 from veomni_parallel.tower_sharing import share_towers
 from veomni_parallel.ulysses import ulysses_attention
+from veomni_parallel.ulysses_diffusers import apply_ulysses_diffusers
 from veomni_parallel.ulysses_transformers import apply_packed_attention, apply_ulysses, plain_attention
 from veomni_parallel.vocabulary_parallel import vocabulary_parallel_cross_entropy
 from veomni_parallel.watchdog import Watchdog
@@ -52,6 +53,7 @@ __all__ = [
     "apply_packed_attention",
     "apply_tensor_parallel",
     "apply_ulysses",
+    "apply_ulysses_diffusers",
     "balance_experts_",
     "balance_over_ranks",
     "build_parallelize_model",

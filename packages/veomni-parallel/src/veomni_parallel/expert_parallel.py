@@ -94,7 +94,8 @@ def apply_expert_parallel(
     Any other module is named by `experts` and keeps this protocol: each of its own parameters has the experts in its
     first dimension, and `forward(hidden [T, H], index [T, K] int64, weights [T, K]) -> [T, H]` computes
     sum_k weights[t, k] * expert[index[t, k]](hidden[t]) for as many experts as its parameters (and, if it has it, its
-    attribute `num_experts`) say.
+    attribute `num_experts`) say. Or, as in Llama 4, `forward(hidden [E * T, H]) -> [E * T, H]` is handed each token
+    once for each expert, as zeros (which give zeros) where the expert is not chosen: then only the others travel.
 
     Each rank keeps E / ep experts as DTensors sharded in dim 0 over `state.ep`. Gradients are scaled so that a mean
     over `state.expert_shard_mesh`, as FSDP takes it, is the mean over `state.loss` that all other parameters get.
@@ -114,7 +115,8 @@ def apply_expert_parallel(
             not keep the protocol, or this was done already.
     """
     known = {name: module for name, module in model.named_modules() if _is_known(module)}
-    chosen = known if experts is None else find_named(model, experts, "ParallelPlan.experts")
+    dense = {name: module for name, module in model.named_modules() if _is_dense(module)}
+    chosen = known | dense if experts is None else find_named(model, experts, "ParallelPlan.experts")
     if not chosen:
         raise ParallelError(
             f"{type(model).__name__} has no experts module that transformers' ExpertsInterface knows: use ep=1, or name"
@@ -194,6 +196,14 @@ def _is_known(module: nn.Module) -> bool:
     )
 
 
+def _is_dense(module: nn.Module) -> bool:
+    """Whether the module is handed all tokens for each of its experts, [E * T, H], most of them zeros."""
+    own = [parameter for _, parameter in module.named_parameters(recurse=False)]
+    count = getattr(module, "num_experts", None)
+    takes = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    return len(takes) == 1 and bool(own) and all(p.ndim == 3 and p.shape[0] == count for p in own)
+
+
 def _check(name: str, module: nn.Module, ranks: int) -> None:
     sizes = {parameter.shape[0] if parameter.ndim else 0 for _, parameter in module.named_parameters(recurse=False)}
     if len(sizes) != 1:
@@ -201,7 +211,7 @@ def _check(name: str, module: nn.Module, ranks: int) -> None:
             f"{name} ({type(module).__name__}) cannot be dealt over ranks: its own parameters must all have the experts"
             f" in dimension 0, but those are of sizes {sorted(sizes)}."
         )
-    if not _is_known(module):
+    if not _is_known(module) and not _is_dense(module):
         try:
             inspect.signature(module.forward).bind(None, None, None)
         except TypeError:
@@ -226,7 +236,9 @@ def _link(module: nn.Module, state: ParallelState, ranks: int, plan: PlanExchang
         inner=module.config._experts_implementation if is_known else None,
         counts=torch.zeros(count, dtype=torch.int64, device=device),
     )
-    if not is_known:
+    if _is_dense(module):
+        module.forward = partial(_run_dense, module, module.forward)
+    elif not is_known:
         module.forward = partial(_run, module, module.forward)
     if ranks == 1:
         return
@@ -288,6 +300,32 @@ def _run(
     with parameters_replaced(module, parts):
         out = _exchanged(link, partial(compute, *args, **kwargs), hidden, flat, weights, counts)
     return out if link.tp_group is None else join_parts(out, link.tp_group, 0, rows)
+
+
+def _run_dense(module: nn.Module, forward: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """[E * T, H] -> [E * T, H], where only rows that are not zero are computed."""
+    tokens = hidden.shape[0] // _link_of(module).experts
+    (rows,) = hidden.ne(0).any(-1).nonzero(as_tuple=True)  # [N]
+    index = rows[:, None] // tokens
+    compute = partial(_grouped, module, forward)
+    out = _run(module, compute, hidden[rows], index, hidden.new_ones(len(rows), 1))
+    return torch.zeros_like(hidden).index_copy(0, rows, out)
+
+
+def _grouped(
+    module: nn.Module, forward: Callable[..., torch.Tensor], hidden: torch.Tensor, index: torch.Tensor, *_: Any
+) -> torch.Tensor:
+    """Rows [N, H] for experts [N, 1] in the layout [E * T, H] of the module's own forward, and back."""
+    count = next(iter(module._parameters.values())).shape[0]
+    counts = torch.bincount(index[:, 0], minlength=count)
+    longest = int(counts.max()) if len(hidden) else 1
+    order = index[:, 0].argsort(stable=True)
+    first = counts.cumsum(0) - counts
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) - first.repeat_interleave(counts)
+    place += index[:, 0] * longest
+    padded = hidden.new_zeros(count * longest, hidden.shape[1]).index_copy(0, place, hidden)
+    return forward(padded)[place]
 
 
 def _exchanged(

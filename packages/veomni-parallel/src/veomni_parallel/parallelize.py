@@ -55,6 +55,7 @@ from veomni_parallel.router_loss import use_global_router_loss
 from veomni_parallel.tensor_parallel import apply_tensor_parallel
 from veomni_parallel.tower_sharing import keep_towers_in_step, share_towers
 from veomni_parallel.ulysses import require_ulysses
+from veomni_parallel.ulysses_diffusers import apply_ulysses_diffusers, is_diffusers_model
 from veomni_parallel.ulysses_transformers import apply_packed_attention, apply_ulysses
 
 _CALLED_BY = ("encode", "decode")
@@ -98,8 +99,8 @@ def build_parallelize_model(
 
     What the sizes of `state` ask for is applied first: matrices are divided over `state.tp` (`apply_tensor_parallel`),
     experts are dealt over `state.ep` (`apply_expert_parallel`), and with `state.sp.size() > 1` a transformers model is
-    switched to Ulysses attention by `apply_ulysses`; any other model must call `ulysses_attention` itself, which its
-    first training step checks.
+    switched to Ulysses attention by `apply_ulysses`, one of diffusers by `apply_ulysses_diffusers`; any other model
+    must call `ulysses_attention` itself, which its first training step checks.
 
     Args:
         model: on the CPU, the rank's device, or meta; a transformers model or any other.
@@ -144,6 +145,8 @@ def build_parallelize_model(
         else:
             apply_packed_attention(model)
         share_towers(model, state.sp)
+    elif state.sp.size() > 1 and is_diffusers_model(model):
+        apply_ulysses_diffusers(model, state)
     elif state.sp.size() > 1:
         require_ulysses(model)
     use_global_router_loss(model, state)

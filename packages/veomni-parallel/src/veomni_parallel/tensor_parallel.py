@@ -22,6 +22,7 @@ from veomni_parallel.collectives import join_parts, sum_gradients, sum_parts, ta
 from veomni_parallel.errors import ParallelError
 from veomni_parallel.local_parameters import local_parts, parameters_replaced
 from veomni_parallel.mesh import Mesh, ParallelState
+from veomni_parallel.ulysses_diffusers import is_diffusers_model
 from veomni_parallel.vocabulary_parallel import use_vocabulary_parallel_loss
 
 _HEADS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "qkv_proj", "query_key_value")
@@ -104,7 +105,7 @@ def apply_tensor_parallel(
     styles = {n: s for n, s in styles.items() if not any(n == e or n.startswith(e + ".") for e in exclude)}
     _join_tied(styles, modules, parameters)
     if given is None:
-        _join_activations(styles, modules)
+        _join_between(styles, modules)
 
     for name, style in styles.items():
         _check_heads(name, style, modules, state.tp.size())
@@ -129,7 +130,7 @@ def _own_plan(model: nn.Module) -> dict[str, str]:
     plan: dict[str, str] = {}
     covered: list[str] = []
     for name, module in model.named_modules():
-        own = getattr(module, "tp_plan", None)
+        own = getattr(module, "_tp_plan" if is_diffusers_model(module) else "tp_plan", None)
         inside = any(not outer or name == outer or name.startswith(outer + ".") for outer in covered)
         if isinstance(own, Mapping) and own and not inside:
             covered.append(name)
@@ -154,16 +155,31 @@ def _join_tied(
             styles[name] = style
 
 
-def _join_activations(styles: dict[str, str], modules: Mapping[str, nn.Module]) -> None:
-    """An activation function with parameters between divided matrices sees a part of the features on each rank."""
+def _join_between(styles: dict[str, str], modules: Mapping[str, nn.Module]) -> None:
+    """Parameters between divided matrices see a part of the features, or of the heads, on each rank.
+
+    Those of activation functions, and of norms of single heads that the model's plan left out (q_norm beside q_proj).
+    """
     between: dict[str, set[str]] = {}
     for name, style in styles.items():
         between.setdefault(name.rpartition(".")[0], set()).add(style)
     for owner, kinds in between.items():
         for name, child in modules[owner].named_children() if {"colwise", "rowwise"} <= kinds else ():
             own, full = list(child.named_parameters(recurse=False)), f"{owner}.{name}".lstrip(".")
-            if own and name.startswith("act") and full not in styles and all(p.numel() == 1 for _, p in own):
+            scalars = name.startswith("act") and all(p.numel() == 1 for _, p in own)
+            projection = modules.get(f"{owner}.{_projection_before(name)}".lstrip("."))
+            width = getattr(projection, "out_features", 0)
+            of_a_head = all(p.numel() < width and width % p.numel() == 0 for _, p in own)
+            if own and full not in styles and (scalars or of_a_head):
                 styles[full] = "replicated_with_grad_allreduce"
+
+
+def _projection_before(norm: str) -> str:
+    """The name of the projection beside a norm of single heads: q_norm, and norm_q and norm_added_q of diffusers."""
+    if norm.endswith("_norm"):
+        return norm.removesuffix("_norm") + "_proj"
+    before, _, features = norm.rpartition("_")
+    return {"norm": f"to_{features}", "norm_added": f"add_{features}_proj"}.get(before, "")
 
 
 def _check_heads(name: str, style: str, modules: Mapping[str, nn.Module], ranks: int) -> None:
