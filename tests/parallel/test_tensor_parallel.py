@@ -298,6 +298,27 @@ def test_a_rank_holds_its_part_and_tied_weights_stay_tied(two_ranks: Ranks) -> N
         assert got["distributed"]
 
 
+def alive() -> list[bool]:
+    import gc
+    import weakref
+
+    state = init_parallel_state(tp=2, device_type="cpu")
+    model = build_parallelize_model(build("llama"), state)
+    inputs: list[Any] = []
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_hook(lambda module, args, output: inputs.append(weakref.ref(output)))
+    gc.disable()
+    try:
+        model(**pack(samples()[:1]), num_items_in_batch=10).loss.backward()
+        return [reference() is not None for reference in inputs]
+    finally:
+        gc.enable()
+
+
+def test_what_projections_share_is_freed_with_the_graph(two_ranks: Ranks) -> None:
+    assert two_ranks.run(alive) == [[False]] * 2
+
+
 def from_meta() -> dict[str, Any]:
     import transformers
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

@@ -21,6 +21,15 @@ def sum_gradients(x: torch.Tensor, group: Any) -> torch.Tensor:
     return _SumBackward.apply(x, group)
 
 
+def sum_gradients_once(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """`sum_gradients`, the same tensor for all that are handed `x`: gradients of q, k and v are summed over ranks once."""
+    if x.is_leaf or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return sum_gradients(x, group)
+    if not hasattr(x, "_summed_gradients"):
+        x._summed_gradients = _SumBackward.apply(x, group, True)  # type: ignore[attr-defined]
+    return x._summed_gradients  # type: ignore[attr-defined, no-any-return]
+
+
 def take_part(x: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
     """This rank's chunk along `dim` of `x`, equal on all ranks; gradients of the chunks are joined.
 
@@ -60,15 +69,18 @@ class _SumBackward(torch.autograd.Function):
     """x -> x, used differently by each rank, so that its gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: Any, remembered: bool = False) -> torch.Tensor:
         ctx.group = group
-        return x.view_as(x)
+        if not remembered:
+            return x.view_as(x)
+        # no view: it would hold x, which holds it
+        return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+        return gradient, None, None
 
 
 class _TakePart(torch.autograd.Function):

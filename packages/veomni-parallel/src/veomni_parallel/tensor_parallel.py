@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from veomni_parallel.collectives import join_parts, sum_gradients, sum_parts, take_part
+from veomni_parallel.collectives import join_parts, sum_gradients, sum_gradients_once, sum_parts, take_part
 from veomni_parallel.errors import ParallelError
 from veomni_parallel.local_parameters import local_parts, parameters_replaced
 from veomni_parallel.mesh import Mesh, ParallelState
@@ -294,7 +294,7 @@ def _whole_input(site: _Site) -> None:
 
     def forward(original: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with parameters_replaced(site.module, _parts(site)):
-            return original(sum_gradients(x, site.group), *args, **kwargs)
+            return original(sum_gradients_once(x, site.group), *args, **kwargs)
 
     _wrap(site, forward)
 
