@@ -24,6 +24,7 @@ from veomni_parallel.parallelize import build_parallelize_model
 from veomni_parallel.plan import ParallelPlan
 from veomni_parallel.replica_checks import Difference, NonFinite, find_nonfinite, sync_check
 from veomni_parallel.router_loss import router_loss
+from veomni_parallel.seeding import seed_ranks
 from veomni_parallel.tensor_parallel import apply_tensor_parallel
 from veomni_parallel.tower_sharing import share_towers
 from veomni_parallel.ulysses import ulysses_attention
@@ -72,6 +73,7 @@ __all__ = [
     "plan_exchange",
     "resolve_sizes",
     "router_loss",
+    "seed_ranks",
     "share_towers",
     "sync_check",
     "tokens_per_expert",

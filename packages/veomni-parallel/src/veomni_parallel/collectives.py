@@ -26,8 +26,8 @@ def sum_gradients_once(x: torch.Tensor, group: Any) -> torch.Tensor:
     if x.is_leaf or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return sum_gradients(x, group)
     if not hasattr(x, "_summed_gradients"):
-        x._summed_gradients = _SumBackward.apply(x, group, True)  # type: ignore[attr-defined]
-    return x._summed_gradients  # type: ignore[attr-defined, no-any-return]
+        x._summed_gradients = _SumBackward.apply(x, group, True)
+    return x._summed_gradients
 
 
 def take_part(x: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
