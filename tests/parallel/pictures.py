@@ -42,13 +42,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, **_: Any) -> nn.Module:
+def build(name: str, attn_implementation: str | None = None, **changes: Any) -> nn.Module:
     """A tiny model in float32, the same on every process, without a layer that begins at zero."""
     import diffusers
 
     class_name, keys = MODELS[name]
     torch.manual_seed(0)
-    model: nn.Module = getattr(diffusers, class_name)(**keys)
+    model: nn.Module = getattr(diffusers, class_name)(**keys | changes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

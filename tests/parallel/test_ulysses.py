@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +14,11 @@ from veomni_parallel import (
     build_parallelize_model,
     init_parallel_state,
     plain_attention,
+    resolve_sizes,
     ulysses_attention,
 )
 
+from tests.parallel import pictures
 from tests.parallel.parity import Omni, Stranger, build, cut, pack, samples
 
 
@@ -62,6 +65,7 @@ def test_alone_it_is_the_attention_itself() -> None:
 
 def message_of(case: str) -> str:
     """The sentence that a wrong use is answered with."""
+    import diffusers
     import transformers
 
     torch.manual_seed(0)
@@ -87,6 +91,13 @@ def message_of(case: str) -> str:
             model.model.layers[1].self_attn = OwnAttention()
             model = build_parallelize_model(model, state, mode="ddp")
             model(**cut(pack(samples()), state.sp.get_local_rank(), 2))
+        elif case == "another world":
+            build_parallelize_model(build("llama"), replace(state, sizes=resolve_sizes(8)))
+        elif case == "heads of a picture":
+            build_parallelize_model(pictures.build("flux", num_attention_heads=3), state)
+        elif case == "no plan":
+            keys = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 4}
+            build_parallelize_model(diffusers.DiTTransformer2DModel(**keys, norm_num_groups=1), state)
         elif case == "stranger never calls":
             model = Stranger()
             for block in model.blocks:
@@ -106,6 +117,8 @@ def message_of(case: str) -> str:
                 batch["input_ids"] = batch["input_ids"][:, 1:]
             elif case == "labels":
                 del batch["shift_labels"]
+            elif case == "cache":
+                batch |= {"use_cache": True, "past_key_values": transformers.DynamicCache(config=model.config)}
             model(**batch, num_items_in_batch=1)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -139,6 +152,10 @@ class OwnAttention(nn.Module):
         ("mask", "attention_mask must be None"),
         ("length", "input_ids has 42 tokens, but cu_seq_lens_q ends at 86"),
         ("labels", "labels cannot be shifted inside a slice: give shift_labels"),
+        ("cache", "A packed row cannot be decoded with a cache: call the model with use_cache=False"),
+        ("another world", "The state was built for 8 ranks, but there are 2: call init_parallel_state"),
+        ("heads of a picture", "3 attention heads of FluxTransformer2DModel cannot be divided over ulysses=2 ranks"),
+        ("no plan", "DiTTransformer2DModel has no context parallel plan in diffusers: use ulysses=1"),
     ],
 )
 def test_what_would_train_silently_wrong_is_refused(case: str, words: str, two_ranks: Ranks) -> None:

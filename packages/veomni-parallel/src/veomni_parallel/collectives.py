@@ -22,7 +22,7 @@ def sum_gradients(x: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def sum_gradients_once(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """`sum_gradients`, the same tensor for all that are handed `x`: gradients of q, k and v are summed over ranks once."""
+    """`sum_gradients`, the same tensor for all that are handed `x`: q, k and v sum its gradient over ranks once."""
     if x.is_leaf or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return sum_gradients(x, group)
     if not hasattr(x, "_summed_gradients"):

@@ -250,36 +250,43 @@ def _guard(link: RowLink, handle: list[Any]) -> None:
     handle[0].remove()
 
 
+def _arriving(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[RowLink, dict[str, Any] | None]:
+    """What a decoder is handed, by name; None where it computes every row by itself."""
+    link = links_of(decoder)[0]
+    link.cu_seq_lens = None
+    if link.plain:
+        return link, None
+    named = named_arguments(decoder, args, kwargs)
+    _take_positions(link, named)
+    link.arguments = frozenset(named)
+    return link, named
+
+
 def _enter_whole(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of a decoder that is handed whole rows: find out where samples begin."""
-    link = links_of(decoder)[0]
-    link.cu_seq_lens = None
-    if link.plain:
+    link, named = _arriving(decoder, args, kwargs)
+    if named is None:
         return args, kwargs
-    kwargs = named_arguments(decoder, args, kwargs)
-    _take_positions(link, kwargs)
-    link.arguments = frozenset(kwargs)
-    link.cu_seq_lens = cu_seq_lens = find_cu_seq_lens(kwargs)
-    if cu_seq_lens is not None and (found := tokens_of(kwargs)) is not None:
+    link.cu_seq_lens = cu_seq_lens = find_cu_seq_lens(named)
+    if cu_seq_lens is not None and (found := tokens_of(named)) is not None:
         if (end := link.bounds(cu_seq_lens)[-1]) != found[1].shape[1]:
             raise ParallelError(f"{found[0]} has {found[1].shape[1]} tokens, but cu_seq_lens_q ends at {end}.")
-        kwargs["use_cache"] = False
-    return (), kwargs
+        named["use_cache"] = False
+    return (), named
 
 
 def _enter_sliced(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of a decoder under Ulysses: check what arrives, take this rank's slice of what is whole."""
-    link = links_of(decoder)[0]
-    link.cu_seq_lens = None
-    if link.plain:
+    link, named = _arriving(decoder, args, kwargs)
+    if named is None:
         return args, kwargs
-    kwargs = named_arguments(decoder, args, kwargs)
-    _take_positions(link, kwargs)
-    link.arguments = frozenset(kwargs)
+    kwargs = named
     found, cu_seq_lens, position_ids = tokens_of(kwargs), kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if cu_seq_lens is None or position_ids is None:
         missing = "cu_seq_lens_q" if cu_seq_lens is None else "position_ids"
