@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,12 @@ from veomni_models.segment_attention import register_segment_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+_KERNEL_ARGUMENTS = {
+    *("module", "query", "key", "value", "attention_mask"),
+    *("scaling", "dropout", "softcap", "sliding_window", "s_aux", "kwargs"),
+}
 
 
 def load_config(
@@ -94,6 +102,72 @@ def attention_for(attn_implementation: str | None) -> str | None:
     return register_segment_attention() if attn_implementation == "segments" else attn_implementation
 
 
+def attention_of_parts(config: PreTrainedConfig, model_class: Any, attn_implementation: str | None) -> Any:
+    """`attention_for` in the form that a model of `config` takes.
+
+    Segments are causal, so of a model with parts only the text model gets them. Under `auto`, a model that does not
+    choose its attention by name keeps what transformers picks (None).
+    """
+    attention = attention_for(attn_implementation)
+    if attn_implementation == "auto" and not _takes_any_kernel(model_class):
+        return None
+    return _of_the_text_model(config, attention) if attention == "segments" else attention
+
+
+def _takes_any_kernel(model_class: Any) -> bool:
+    """Whether a model chooses its attention by name, hands over no more than kernels know, and asks for no mask."""
+    file = sys.modules[model_class.__module__]
+    eager = getattr(file, "eager_attention_forward", None)
+    known = eager is None or set(inspect.signature(eager).parameters) <= _KERNEL_ARGUMENTS
+    source = inspect.getsource(file)
+    # a table of classes by name; layers that select keys in a mask, which must be there (DeepSeek-V3.2)
+    closed = "_CLASSES[config._attn_implementation]" in source or "allow_is_causal_skip" in source
+    return known and not closed and model_class._can_set_attn_implementation()
+
+
+def _of_the_text_model(config: PreTrainedConfig, attention: str) -> Any:
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return attention
+    for name in type(config).sub_configs or {}:
+        part = getattr(config, name, None)
+        if part is not None and part.get_text_config(decoder=True) is text:
+            return {name: _of_the_text_model(part, attention)}
+    return attention
+
+
+def auto_class_for(config: PreTrainedConfig) -> Any:
+    """The auto class of transformers that builds the model of a config which writes text.
+
+    A config with parts (vision, audio) is of a model for pictures or any modality if there is one, else a causal one.
+
+    Raises:
+        ModelError: transformers has no model of this config that writes text.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    multimodal = [
+        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("AutoModelForMultimodalLM", auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+    ]
+    parts = {name for name in type(config).sub_configs or {} if getattr(config, name, None) is not None}
+    for name, known in [*multimodal, causal] if parts - {"text_config"} else [causal, *multimodal]:
+        auto_class = getattr(transformers, name)
+        if config.model_type in known or type(config) in auto_class._model_mapping:
+            return auto_class
+    raise ModelError(f"transformers has no model of model_type {config.model_type!r} that writes text")
+
+
+def _class_of(auto_class: Any, config: PreTrainedConfig) -> Any:
+    found = auto_class._model_mapping[type(config)]
+    if not isinstance(found, tuple):
+        return found
+    names = {kind.__name__: kind for kind in found}
+    return next((names[name] for name in config.architectures or () if name in names), found[0])
+
+
 def build_foundation_model(
     config_path: str | Path | PreTrainedConfig | None = None,
     weights_path: str | Path | None = None,
@@ -104,7 +178,7 @@ def build_foundation_model(
     overrides: Mapping[str, Any] = {},
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A causal language model of transformers.
+    """A model of transformers that writes text: of text alone, or of pictures, videos and sounds too.
 
     Args:
         config_path: a folder with config.json, or a config object; falls back to `weights_path`.
@@ -119,22 +193,24 @@ def build_foundation_model(
     Raises:
         ModelError: a folder or its config.json is missing or cannot be used.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     if isinstance(config_path, PreTrainedConfig):
         config = config_path
     else:
         config = load_config(config_path or weights_path, overrides)
+    config = getattr(config, "thinker_config", config)  # of an omni model that speaks, what reads, hears and writes
     if weights_path is not None:
         _check_folder(weights_path, "config.json")
-    attention = attention_for(attn_implementation)
+    auto_class = auto_class_for(config)
+    attention = attention_of_parts(config, _class_of(auto_class, config), attn_implementation)
     if weights_path is not None and init_device != "meta":
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class.from_pretrained(
             weights_path, config=config, dtype=torch_dtype, attn_implementation=attention
         )
         return model.to(init_device).train()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=attention)
+        model = auto_class.from_config(config, dtype=torch_dtype, attn_implementation=attention)
     if init_device != "meta":
         initialize_weights(model, seed, init_device)
     return model.train()

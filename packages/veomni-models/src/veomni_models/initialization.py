@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,9 +42,13 @@ def initialize_weights(model: PreTrainedModel, seed: int, device: torch.device |
             raise ValueError("the model is on the meta device: say on which device its weights are to be made")
         model.to_empty(device=device)
         model.tie_weights()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.dtype.is_floating_point:
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(math.nan)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         _visit(model, model)
+        _draw_forgotten(model, seed)
 
 
 @torch.no_grad()
@@ -84,6 +89,27 @@ def _visit(module: nn.Module, owner: PreTrainedModel) -> None:
             _visit(child, child if isinstance(child, PreTrainedModel) else owner)
         _draw_parametrized(module)
         owner._init_weights(module)
+
+
+def _draw_forgotten(model: PreTrainedModel, seed: int) -> None:
+    """Tensors that no `_init_weights` wrote, because a class draws them when it is made: as a whole new model has them.
+
+    Every rank makes the model once more on the CPU, which only classes that forget something need (GPT, Apertus).
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    forgotten = [name for name, tensor in tensors.items() if tensor.dtype.is_floating_point and _any_nan(tensor)]
+    if not forgotten:
+        return
+    torch.manual_seed(seed)
+    whole = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    values = dict(whole.named_parameters()) | dict(whole.named_buffers())
+    for name in forgotten:
+        _keep_own_part(values[name].detach().to(tensors[name].device, tensors[name].dtype), tensors[name])
+
+
+def _any_nan(tensor: torch.Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(local.isnan().any())
 
 
 def _draw_parametrized(module: nn.Module) -> None:

@@ -67,16 +67,27 @@ def segment_attention(
     Returns:
         [B, T, H, D_v] and None for the weights.
     """
-    if attention_mask is not None or query.shape[2] != key.shape[2]:
+    bidirectional = kwargs.get("is_causal", getattr(module, "is_causal", True)) is False
+    if attention_mask is not None or query.shape[2] != key.shape[2] or bidirectional:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if bidirectional and attention_mask is None and len(_bounds(query, cu_seq_lens_q, position_ids)) > 2:
+            raise ValueError(
+                f"{type(module).__name__} is not causal, so samples of its packed rows need a mask: use sdpa"
+            )
+
+        if attention_mask is None or (kwargs.get("softcap") is None and kwargs.get("s_aux") is None):
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     softcap, sinks, dropout = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("dropout", 0.0)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None:  # with sinks or a cap, which sdpa does not know
+        return _masked(query, key, value, attention_mask, scaling, softcap, sinks, dropout).transpose(
+            1, 2
+        ).contiguous(), None
     rest = (scaling, sliding_window, softcap, sinks, dropout)
     bounds = _bounds(query, cu_seq_lens_q, position_ids)
     if len(bounds) == 2:
-        return _causal(query, key, value, *rest).transpose(1, 2), None
+        return _causal(query, key, value, *rest).transpose(1, 2).contiguous(), None
     stacks, places = _stacks(bounds, query.device)
     attended = []
     for positions, n in stacks:
@@ -148,17 +159,32 @@ def _causal(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
         )
-    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    scores = (q * scaling) @ k.transpose(-1, -2)  # [n, H, L, L]
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     position = torch.arange(length, device=q.device)
     distance = position[:, None] - position[None, :]
-    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    return _masked(q, k, v, seen, scaling, softcap, sinks, dropout)
+
+
+def _masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attention where `mask`, which broadcasts to [n, H, L, K], is true or is added: -> [n, H, L, D_v]."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    scores = (q * scaling) @ k.transpose(-1, -2)  # [n, H, L, K]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     if sinks is None:
         weights = scores.softmax(-1, dtype=torch.float32)
     else:  # a sink takes part in the softmax and gives nothing: its column is dropped
-        column = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, length, 1)
+        column = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         weights = torch.cat([scores, column.to(scores.dtype)], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
     return F.dropout(weights.to(v.dtype), dropout) @ v

@@ -63,6 +63,11 @@ class _PaddedRow:
         offsets = torch.arange(int(lengths.max()), device=device)
         mask = offsets < lengths[:, None]  # [n, L]
         index = firsts[:, None] + offsets.minimum(lengths[:, None] - 1)
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.shape == (1, length):
+            first = firsts.repeat_interleave(lengths)
+            if torch.equal(positions[0], torch.arange(length, device=device) - first):
+                del kwargs["position_ids"]  # the model's own; those of some begin at 2
         for name, value in kwargs.items():
             if not isinstance(value, torch.Tensor) or value.ndim < 2:
                 continue

@@ -64,6 +64,10 @@ class _Divided:
     """Kept until all names are seen, so that no other parameter takes its id."""
 
 
+_INEXACT = ("gemma3n", "inkling2")
+"""Model types whose plans divide what needs all features, such as the spread of the gates of Gemma 3n."""
+
+
 def apply_tensor_parallel(
     model: nn.Module, state: ParallelState, plan: Mapping[str, str] | None = None, *, exclude: tuple[str, ...] = ()
 ) -> dict[str, str]:
@@ -85,6 +89,12 @@ def apply_tensor_parallel(
             module, or `state.tp` does not divide heads or a dimension.
     """
     given, title = plan, type(model).__name__
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    if plan is None and kind.startswith(_INEXACT):
+        raise ParallelError(
+            f"The tensor parallel plan that transformers has for {title} changes its results: use tp=1, or give another"
+            " by ParallelPlan(tp=...)."
+        )
     if plan is None and not (plan := _own_plan(model)):
         raise ParallelError(
             f"{title} has no tensor parallel plan of its own: use tp=1, or give one by"

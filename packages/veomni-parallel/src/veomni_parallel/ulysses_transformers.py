@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -151,6 +152,8 @@ def _unsliceable(decoder: nn.Module, attention: dict[str, nn.Module]) -> str | N
         return f"it has layers of type {', '.join(unknown)}"
     if free := [name for name, module in attention.items() if not getattr(module, "is_causal", True)]:
         return f"{free[0]} is not causal"
+    if _insists_on_masks(decoder):
+        return "it selects what tokens see in a mask of the whole row"
     mixers = [*attention, *linear]
     for name, layers in decoder.named_children():
         if isinstance(layers, nn.ModuleList):
@@ -158,6 +161,14 @@ def _unsliceable(decoder: nn.Module, attention: dict[str, nn.Module]) -> str | N
             if 0 < len(without) < len(layers):
                 return f"{name}.{without[0]} has no attention module, unlike other layers"
     return None
+
+
+def _insists_on_masks(decoder: nn.Module) -> bool:
+    """Whether the modeling file asks for a mask even where a causal kernel needs none, because layers change it."""
+    try:
+        return "allow_is_causal_skip" in inspect.getsource(sys.modules[type(decoder).__module__])
+    except OSError:  # typed into an interpreter
+        return False
 
 
 def _attach(model: nn.Module, link: RowLink, attention: dict[str, nn.Module]) -> None:
