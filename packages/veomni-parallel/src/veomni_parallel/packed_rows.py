@@ -142,3 +142,9 @@ def find_cu_seq_lens(kwargs: dict[str, Any]) -> torch.Tensor | None:
     if given is not None and kwargs.get("past_key_values") is not None:
         raise ParallelError("A packed row cannot be decoded with a cache: call the model with use_cache=False.")
     return given
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The decoder of a transformers model: `get_decoder()`, unless that is another module of this name (a head)."""
+    decoder: Any = model.get_decoder()
+    return decoder if hasattr(decoder, "config") else model.base_model

@@ -123,7 +123,7 @@ def _attention(
         return row_attention(link, module, q, k, v, attention_mask, bounds, kwargs).transpose(1, 2)
 
     out = ulysses_attention(query, key, value, link.group, attn, lengths=link.lengths(bounds[-1]))
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some models take views of it
 
 
 def row_attention(

@@ -30,7 +30,8 @@ def find_shard_units(model: nn.Module, plan: ParallelPlan) -> dict[str, nn.Modul
 
     Named by the plan, or by transformers' `_no_split_modules` of the model and of every model inside it, or else the
     repeated blocks: the children of each `ModuleList` or `Sequential` that holds two or more of one class that has
-    modules inside (outermost lists only), or, where no list has such, of any class.
+    modules inside (outermost lists only), or, where no list has such, of any class. A module that shares a parameter
+    with the rest (a head that is tied to the embedding) is none.
 
     Raises:
         ParallelError: the plan names a class of which the model has no module.
@@ -46,7 +47,25 @@ def find_shard_units(model: nn.Module, plan: ParallelPlan) -> dict[str, nn.Modul
     units = {name: module for name, module in model.named_modules() if name and type(module).__name__ in names}
     if not units and plan.shard_units is None:
         units = _repeated_blocks(model, nested=True) or _repeated_blocks(model, nested=False)
-    return {name: module for name, module in units.items() if any(True for _ in module.parameters())}
+    owners = _owners(model)
+    return {
+        name: module
+        for name, module in units.items()
+        if any(True for _ in module.parameters()) and not _shares(name, module, owners)
+    }
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _shares(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> bool:
+    """Whether a parameter of the module is one of another module outside of it, too."""
+    return any(not owner.startswith(name + ".") for p in module.parameters() for owner in owners[id(p)])
 
 
 def _repeated_blocks(model: nn.Module, *, nested: bool) -> dict[str, nn.Module]:
@@ -77,9 +96,7 @@ def find_frozen_units(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[
     """
     getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
     ends = [end for getter in getters if getter is not None and (end := getter()) is not None]
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    owners = _owners(model)
     frozen: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         parameters = list(module.parameters())
@@ -89,8 +106,7 @@ def find_frozen_units(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[
             continue
         if any(inner is end for inner in module.modules() for end in ends):
             continue
-        shared = any(not owner.startswith(name + ".") for p in parameters for owner in owners[id(p)])
-        if not shared and type(module).forward is not nn.Module.forward:
+        if not _shares(name, module, owners) and type(module).forward is not nn.Module.forward:
             frozen[name] = module
     return frozen
 

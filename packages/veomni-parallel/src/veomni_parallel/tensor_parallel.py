@@ -64,8 +64,11 @@ class _Divided:
     """Kept until all names are seen, so that no other parameter takes its id."""
 
 
-_INEXACT = ("gemma3n", "inkling2")
-"""Model types whose plans divide what needs all features, such as the spread of the gates of Gemma 3n."""
+_UNUSABLE = {
+    *("doge", "gemma3n", "gemma3n_text", "gemma4", "glm5_next"),
+    *("inkling_text", "inkling_mm_model", "inkling2_text", "inkling2"),
+}
+"""Model types whose plans divide what needs all features (the spread of the gates of Gemma 3n), or heads unevenly."""
 
 
 def apply_tensor_parallel(
@@ -90,10 +93,10 @@ def apply_tensor_parallel(
     """
     given, title = plan, type(model).__name__
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    if plan is None and kind.startswith(_INEXACT):
+    if plan is None and kind in _UNUSABLE:
         raise ParallelError(
-            f"The tensor parallel plan that transformers has for {title} changes its results: use tp=1, or give another"
-            " by ParallelPlan(tp=...)."
+            f"The tensor parallel plan that transformers has for {title} fails or changes results: use tp=1, or give"
+            " another by ParallelPlan(tp=...)."
         )
     if plan is None and not (plan := _own_plan(model)):
         raise ParallelError(

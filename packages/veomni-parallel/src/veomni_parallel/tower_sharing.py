@@ -22,7 +22,7 @@ from torch import nn
 from veomni_parallel.all_to_all import all_to_all
 from veomni_parallel.errors import ParallelError
 from veomni_parallel.mesh import Mesh
-from veomni_parallel.packed_rows import named_arguments
+from veomni_parallel.packed_rows import decoder_of, named_arguments
 from veomni_parallel.sound_padding import SAMPLES, keep_sounds_apart
 
 
@@ -39,7 +39,7 @@ class Items:
 
 def find_towers(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost transformers models beside the decoder that take pictures, videos or sounds, by name."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     towers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         beside = name and decoder not in module.modules() and not any(name.startswith(f"{t}.") for t in towers)
@@ -241,7 +241,7 @@ def keep_towers_in_step(model: nn.Module, mesh: Mesh) -> None:
         for tower in {id(tower): tower for _, tower in slots}.values():
             tower.register_forward_pre_hook(turns.before_tower, prepend=True)
             tower.register_forward_hook(turns.after_tower)
-        model.get_decoder().register_forward_pre_hook(turns.before_decoder, prepend=True, with_kwargs=True)
+        decoder_of(model).register_forward_pre_hook(turns.before_decoder, prepend=True, with_kwargs=True)
 
 
 class _Turns:

@@ -20,6 +20,7 @@ from veomni_parallel.packed_rows import (
     ATTRIBUTE,
     Place,
     RowLink,
+    decoder_of,
     find_cu_seq_lens,
     links_of,
     named_arguments,
@@ -44,7 +45,7 @@ def apply_packed_attention(model: nn.Module) -> None:
     of a row as a padded batch. Padded batches, generation and models with an encoder are as before. Call this before
     wrapping; `build_parallelize_model` and `apply_ulysses` do it.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     config = getattr(decoder, "config", None)
     if config is None or links_of(decoder) or getattr(config, "is_encoder_decoder", False):
         return
@@ -86,7 +87,7 @@ def apply_ulysses(model: nn.Module, mesh: Mesh, *, overlap: bool = False) -> Non
     ranks = mesh.size()
     if ranks == 1:
         return
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if any(link.ranks == ranks for link in links_of(decoder)):
         return
     config, title = decoder.config, type(decoder).__name__

@@ -9,18 +9,14 @@ import torch
 import torch.distributed as dist
 
 
-def init_distributed(seed: int) -> torch.device:
-    """Join the process group that torchrun's environment describes, if there is one; returns this rank's device.
-
-    The random generators (of dropout; weights and data have their own) are seeded differently on each rank.
-    """
+def init_distributed() -> torch.device:
+    """Join the process group that torchrun's environment describes, if there is one; returns this rank's device."""
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         device = torch.device(torch.accelerator.current_accelerator() or "cpu", int(os.environ.get("LOCAL_RANK", 0)))
         torch.accelerator.set_device_index(device.index)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group(device_id=device if device.type != "cpu" else None)
-    torch.manual_seed(seed + rank())
     return device
 
 

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from veomni_config import ConfigError, OmniRecipeConfig, Problem, dump_config, parse_args
 from veomni_data import DataError, Generation, build_dataset, get_chat_template, multimodal_prompt
 from veomni_models import ModelError, VQTokenizer, build_omni_processor, build_picture_decoder
-from veomni_parallel import ParallelError, build_parallelize_model, global_sum, init_parallel_state, loss_scale
+from veomni_parallel import (
+    ParallelError,
+    build_parallelize_model,
+    global_sum,
+    init_parallel_state,
+    loss_scale,
+    seed_ranks,
+)
 
 from veomni_recipes.charts import draw_pairs
 from veomni_recipes.distributed import init_distributed, rank, world_size
@@ -39,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     """Train, export, and reconstruct held-out pictures."""
     cfg = parse_args(OmniRecipeConfig, argv)
     rows_a_step, total = refuse_without_effect(cfg)
-    device = init_distributed(cfg.train.seed)
+    device = init_distributed()
     state = init_parallel_state(device_type=device.type)
+    seed_ranks(cfg.train.seed, state)
 
     # data: the pictures that the answers of conversations draw
     processor = build_omni_processor(cfg.model.tokenizer_path, decoders=cfg.model.decoders)

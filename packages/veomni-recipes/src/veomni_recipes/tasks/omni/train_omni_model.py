@@ -39,6 +39,7 @@ from veomni_parallel import (
     gradient_sync,
     init_parallel_state,
     loss_scale,
+    seed_ranks,
 )
 
 from veomni_recipes.charts import draw_answers, draw_loss
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, export, and answer the held-out questions."""
     cfg = parse_args(OmniRecipeConfig, argv)
     refuse_without_effect(cfg)
-    device = init_distributed(cfg.train.seed)
+    device = init_distributed()
 
     # data: conversations -> samples -> the packed micro-batches of one optimizer step
     encoders = cfg.model.encoders
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     steps_per_epoch = cfg.compute_train_steps(world_size(), samples)
     total_steps = steps_per_epoch * cfg.train.num_train_epochs
     state = init_parallel_state(plan.dp_replicate, plan.dp_shard, cfg.train.ulysses_parallel_size, device.type)
+    seed_ranks(cfg.train.seed, state)  # of dropout; weights and data have generators of their own
 
     # model: meta -> sharded -> weights, so that no rank ever holds all of it; or with its weights, then sharded
     on_meta = cfg.train.init_device == "meta"
