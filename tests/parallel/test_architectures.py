@@ -37,8 +37,8 @@ def table() -> Iterator[dict[str, dict[str, str]]]:
     """What each architecture did in each layout; a run of all of them is written down."""
     seen: dict[str, dict[str, str]] = {}
     yield seen
-    if len(seen) == len(architectures()):
-        known = {name: row for name, row in seen.items() if row}
+    known = {name: row for name, row in seen.items() if row}
+    if len(seen) == len(architectures()) and all(len(row) == len(LAYOUTS) for row in known.values()):
         lines = [f"| | {' | '.join(LAYOUTS)} |", "|---" * (len(LAYOUTS) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(row.values())} |" for name, row in known.items()]
         TABLE.write_text(HEADER + "\n".join(lines) + "\n")

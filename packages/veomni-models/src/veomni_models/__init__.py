@@ -5,6 +5,7 @@ from veomni_models.decoders import build_picture_decoder, register_decoder
 from veomni_models.distillation import fused_linear_distillation
 from veomni_models.drawing import DrawingOptions, Reply, drawing_options, reply
 from veomni_models.errors import ModelError
+from veomni_models.flops import flops_per_step, mfu
 from veomni_models.flow_decoder import FlowDecoder
 from veomni_models.foundation import build_foundation_model, build_tokenizer
 from veomni_models.fused_cross_entropy import fused_linear_cross_entropy, use_fused_loss
@@ -47,6 +48,7 @@ __all__ = [
     "copy_weights",
     "dpo_loss",
     "drawing_options",
+    "flops_per_step",
     "fused_linear_cross_entropy",
     "fused_linear_distillation",
     "fused_linear_log_probs",
@@ -54,6 +56,7 @@ __all__ = [
     "is_omni_folder",
     "load_decoders",
     "load_encoders",
+    "mfu",
     "orpo_loss",
     "plan_for",
     "register_decoder",

@@ -173,7 +173,9 @@ def build_parallelize_model(
         whole=whole,
         float32=_outside(islands, whole),
         experts=experts,
-        beside_experts=[child for module in experts.values() for child in module.children() if any(child.parameters())],
+        beside_experts=[
+            child for module in experts.values() for child in module.children() if any(True for _ in child.parameters())
+        ],
     )
     if mode == "fsdp1":
         model = _fsdp1(model, state, cut, precision, reshard_after_forward, cpu_offload, forward_prefetch)

@@ -92,10 +92,10 @@ def apply_ulysses(model: nn.Module, mesh: Mesh, *, overlap: bool = False) -> Non
         return
     config, title = decoder.config, type(decoder).__name__
     attention = _attention_modules(decoder)
-    if attention and config.num_attention_heads % ranks:
+    heads = getattr(config, "num_attention_heads", None)
+    if attention and isinstance(heads, int) and heads % ranks:
         raise ParallelError(
-            f"{config.num_attention_heads} attention heads (num_attention_heads of {title}) cannot be divided over"
-            f" ulysses={ranks} ranks."
+            f"{heads} attention heads (num_attention_heads of {title}) cannot be divided over ulysses={ranks} ranks."
         )
     if reason := _unsliceable(decoder, attention):
         raise ParallelError(f"Ulysses cannot slice the rows of {title}: {reason}; use ulysses=1.")
