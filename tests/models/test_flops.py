@@ -45,6 +45,7 @@ def test_text_models_are_within_two_percent_of_the_counter(name: str) -> None:
     model, ids = build(name), torch.randint(6, 60, (1, 50), generator=torch.Generator().manual_seed(0))
     expected = counted(model, input_ids=ids)
     assert flops_per_step(model, {"input_ids": ids}, causal=False) == pytest.approx(expected, rel=0.02)
+    assert flops_per_step(model.config, {"input_ids": ids}) == flops_per_step(model, {"input_ids": ids})
 
 
 @pytest.mark.parametrize("name", MULTIMODAL)

@@ -6,15 +6,21 @@ chosen), attention scores and values, convolutions, and the head; everything els
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from veomni_models.errors import ModelError
+from veomni_models.foundation import build_foundation_model
+
+if TYPE_CHECKING:
+    pass
 
 PEAK_TFLOPS: dict[str, float] = {
     # dense bfloat16 with float32 accumulation, without sparsity; data sheets of the makers
@@ -48,7 +54,7 @@ def flops_per_step(model: nn.Module, batch: Mapping[str, Any], *, recompute: boo
     weights, and none of inputs if nothing before it learns.
 
     Args:
-        model: a transformers model, on any device; meta is enough.
+        model: a transformers model, on any device; or a config, all of whose parts then learn.
         batch: `input_ids` [B, T] and where its samples lie: `cu_seq_lens_q`, `position_ids` [1, T] that restart, or
             `attention_mask`; without them each row is one sample. Pictures and sounds: `pixel_values`,
             `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`, `input_features`.
@@ -62,8 +68,11 @@ def flops_per_step(model: nn.Module, batch: Mapping[str, Any], *, recompute: boo
     if "input_ids" not in batch:
         raise ModelError(f"flops_per_step needs input_ids [B, T]; the batch has {sorted(batch)}")
     lengths, tokens = sample_lengths(batch), batch["input_ids"].numel()
+    if not isinstance(model, nn.Module):
+        kind: Any = type(model)
+        model = _structure_of(kind, model.to_json_string(use_diff=False))
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
-    decoder = decoder if hasattr(decoder, "config") else model.base_model  # type: ignore[union-attr]
+    decoder = decoder if hasattr(decoder, "config") else model.base_model
     towers = dict(_towers(model, decoder))
     inside_towers = {id(module) for tower in towers.values() for module in tower.modules()}
     total, learns = 0.0, False
@@ -82,6 +91,12 @@ def flops_per_step(model: nn.Module, batch: Mapping[str, Any], *, recompute: boo
     if head is not None:
         total += 2 * tokens * head.weight.numel() * (1 + through + _learns(head))
     return int(total)
+
+
+@lru_cache(maxsize=4)
+def _structure_of(kind: Any, keys: str) -> nn.Module:
+    """The model of a config, on the meta device."""
+    return build_foundation_model(kind.from_dict(json.loads(keys)), attn_implementation=None, init_device="meta")
 
 
 def mfu(flops: float, seconds: float, devices: int, device_name: str) -> float | None:
