@@ -108,6 +108,10 @@ def test_it_is_built_trained_saved_and_loaded(name: str, tmp_path: Path, table: 
 def train_and_load(name: str, folder: Path) -> None:
     model = build_foundation_model(tiny_config(name), init_device="cpu")
     assert all(tensor.isfinite().all() for tensor in model.parameters()), "weights that are not finite"
+    config = tiny_config(name)
+    config = getattr(config, "thinker_config", config)
+    plain = dict(auto_class_for(config).from_config(config, dtype=torch.float32).named_buffers())
+    assert all(torch.allclose(b.float(), plain[n].float()) for n, b in model.named_buffers()), "a buffer is wrong"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.arange(24)[None] % 17 + 6
     losses = []

@@ -174,6 +174,7 @@ def build_foundation_model(
     *,
     torch_dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = "auto",
+    moe_implementation: str | None = "auto",
     init_device: str = "meta",
     overrides: Mapping[str, Any] = {},
     seed: int = 0,
@@ -185,6 +186,8 @@ def build_foundation_model(
         weights_path: a folder with safetensors; None = random weights from `seed`.
         torch_dtype: of the parameters.
         attn_implementation: `auto`, `segments`, or any name that transformers knows.
+        moe_implementation: what computes experts: `auto` and `fused` are grouped products, `eager` one expert after the
+            other, or any name that transformers knows. Without effect on models that have no choice.
         init_device: `meta` gives a model without storage (shard it, then load weights or `initialize_weights`);
             any other device gives one with its weights on it.
         overrides: keys of the config that replace the folder's; with neither folder, all of them, with `model_type`.
@@ -208,12 +211,24 @@ def build_foundation_model(
         model = auto_class.from_pretrained(
             weights_path, config=config, dtype=torch_dtype, attn_implementation=attention
         )
+        _choose_experts(model, moe_implementation)
         return model.to(init_device).train()
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=torch_dtype, attn_implementation=attention)
+    _choose_experts(model, moe_implementation)
     if init_device != "meta":
         initialize_weights(model, seed, init_device)
     return model.train()
+
+
+def _choose_experts(model: PreTrainedModel, moe_implementation: str | None) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    name = {None: "grouped_mm", "auto": "grouped_mm", "fused": "grouped_mm"}.get(moe_implementation, moe_implementation)
+    if name not in (known := ["eager", *ALL_EXPERTS_FUNCTIONS]):
+        raise ModelError(f"moe_implementation {name!r} is not registered in transformers{_nearest(str(name), known)}")
+    if any(hasattr(module, "is_transposed") and hasattr(module, "has_gate") for module in model.modules()):
+        model.set_experts_implementation(name)
 
 
 def build_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -229,6 +244,21 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise ModelError(f"{path} holds no tokenizer that can be loaded: {one_line(error)}") from error
+
+
+def build_processor(path: str | Path) -> Any:
+    """The processor saved in a folder: of text, pictures, videos and sounds, as far as it has them.
+
+    Raises:
+        ModelError: the folder does not exist or holds no processor.
+    """
+    from transformers import AutoProcessor
+
+    _check_folder(path, "tokenizer_config.json")
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except Exception as error:
+        raise ModelError(f"{path} holds no processor that can be loaded: {one_line(error)}") from error
 
 
 def _check_folder(path: str | Path, file: str) -> None:

@@ -126,6 +126,11 @@ def apply_expert_parallel(
         if hasattr(module, NAME):
             raise ParallelError(f"The experts of {name} are dealt over ranks already; hand over the plain model.")
         _check(name, module, state.ep.size())
+        if state.ep.size() > 1 and _has_adapters(model, module):
+            raise ParallelError(
+                f"The adapters of {name} cannot be dealt over ep={state.ep.size()} ranks: use ep=1, where FSDP2 shards"
+                " them, or adapt other layers only."
+            )
     for name, module in (known | chosen).items():
         _link(module, state, state.ep.size() if name in chosen else 1, plan, is_known=name in known)
     if known:
@@ -202,6 +207,11 @@ def _is_dense(module: nn.Module) -> bool:
     count = getattr(module, "num_experts", None)
     takes = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     return len(takes) == 1 and bool(own) and all(p.ndim == 3 and p.shape[0] == count for p in own)
+
+
+def _has_adapters(model: nn.Module, experts: nn.Module) -> bool:
+    """Whether peft adds something to the experts' own parameters."""
+    return any(type(m).__name__ == "ParamWrapper" and any(i is experts for i in m.modules()) for m in model.modules())
 
 
 def _check(name: str, module: nn.Module, ranks: int) -> None:

@@ -1,0 +1,129 @@
+"""Adapters of peft on models over ranks: loss and every gradient are those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from ranks import Ranks
+from torch import nn
+from torch.nn.functional import cross_entropy
+from veomni_parallel import (
+    ParallelError,
+    build_parallelize_model,
+    clip_grad_norm_,
+    global_sum,
+    init_parallel_state,
+    loss_scale,
+)
+
+from tests.parallel.families import build_family, slice_row
+from tests.parallel.parity import TOLERANCE, Gradients, gradients_of, pack, samples, worst
+
+ATTENTION = ["q_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LAYOUTS: dict[str, tuple[int, dict[str, int], str]] = {
+    "ddp 2": (2, {}, "ddp"),
+    "fsdp1 2": (2, {}, "fsdp1"),
+    "fsdp2 2": (2, {}, "fsdp2"),
+    "hsdp 2 x 2": (4, {"dp_replicate": 2}, "fsdp2"),
+    "ulysses 2": (2, {"ulysses": 2}, "fsdp2"),
+    "ep 2": (2, {"ep": 2}, "fsdp2"),
+    "ep 2 x ep_fsdp 2": (4, {"ep": 2}, "fsdp2"),
+    "ep 2 x ulysses 2": (4, {"ep": 2, "ulysses": 2}, "fsdp2"),
+}
+
+
+def adapted(name: str, parameters: bool) -> nn.Module:
+    """A model whose adapters do something already, on frozen weights."""
+    model = build_family(name)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=ATTENTION, target_parameters=EXPERTS if parameters else None
+    )
+    model = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def total() -> int:
+    return sum(int((sample["shift_labels"] != -100).sum()) for sample in samples())
+
+
+def loss_of(model: nn.Module, row: dict[str, Any]) -> torch.Tensor:
+    inputs = {key: value for key, value in row.items() if key not in ("labels", "shift_labels")}
+    logits = model(**inputs).logits[0]
+    return cross_entropy(logits, row["shift_labels"][0], reduction="sum") / total()
+
+
+def truth(name: str, parameters: bool) -> tuple[float, Gradients]:
+    model, loss = adapted(name, parameters), 0.0
+    for sample in samples():
+        logits = model(input_ids=sample["input_ids"][None], use_cache=False).logits[0]
+        one = cross_entropy(logits, sample["shift_labels"], reduction="sum") / total()
+        one.backward()
+        loss += one.item()
+    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(name: str, parameters: bool, sizes: dict[str, int], mode: str) -> tuple[float, Gradients, float]:
+    state = init_parallel_state(**sizes, device_type="cpu")
+    model = build_parallelize_model(adapted(name, parameters), state, mode=mode, activation_checkpointing="full")
+    row = pack(samples()[state.dp.get_local_rank() :: state.dp.size()])
+    row = slice_row(row, state.sp.get_local_rank(), state.sp.size())
+    loss = loss_of(model, row)
+    (loss * loss_scale(state)).backward()
+    gradients = gradients_of(model)
+    norm = clip_grad_norm_(model, 1e9, state)
+    return global_sum(loss.detach(), state.loss).item(), gradients, norm.item()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "layout"),
+    # FSDP1 flattens what the adapters of parameters change in place
+    [(p, layout) for p in (False, True) for layout in LAYOUTS if not (p and ("ep" in layout or "fsdp1" in layout))],
+)
+def test_adapters_have_the_gradients_of_one_process(
+    parameters: bool, layout: str, two_ranks: Ranks, four_ranks: Ranks
+) -> None:
+    world, sizes, mode = LAYOUTS[layout]
+    ranks = two_ranks if world == 2 else four_ranks
+    loss, gradients, norm = ranks.run(step, "qwen3_moe", parameters, sizes, mode)[0]
+    expected, reference = truth("qwen3_moe", parameters)
+    assert loss == pytest.approx(expected, rel=TOLERANCE)
+    assert mode == "fsdp1" or gradients.keys() == reference.keys(), "only adapters learn"
+    difference, where = worst(gradients, reference)
+    assert difference <= TOLERANCE, f"{where} is off by {difference:.1e}"
+    assert norm == pytest.approx(torch.stack([g.norm() for g in reference.values()]).norm().item(), rel=1e-5)
+
+
+def refused() -> str:
+    try:
+        build_parallelize_model(adapted("qwen3_moe", True), init_parallel_state(ep=2, device_type="cpu"))
+    except ParallelError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_adapters_of_experts_are_not_dealt_over_ranks(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(refused):
+        assert "mlp.experts" in message
+        assert "cannot be dealt over ep=2 ranks: use ep=1, where FSDP2 shards them" in message
+
+
+def test_adapters_with_experts_are_saved_and_merged(tmp_path: Path) -> None:
+    model = adapted("qwen3_moe", True).eval()
+    row = pack(samples()[:1])
+    with torch.no_grad():
+        expected = model(input_ids=row["input_ids"]).logits
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(build_family("qwen3_moe"), tmp_path).eval()
+        assert torch.equal(loaded(input_ids=row["input_ids"]).logits, expected)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=row["input_ids"]).logits, expected, rtol=1e-4, atol=1e-4)

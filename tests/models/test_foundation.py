@@ -1,0 +1,52 @@
+"""Options of foundation models: what computes experts; processors from a folder; buffers after meta initialisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from veomni_models import ModelError, build_foundation_model, build_processor, initialize_weights
+from veomni_models.foundation import auto_class_for
+
+from tests.architectures import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("auto", "grouped_mm"), (None, "grouped_mm"), ("fused", "grouped_mm"), ("eager", "eager"), ("batched_mm",) * 2],
+)
+def test_who_computes_experts(given: str | None, expected: str) -> None:
+    model = build_foundation_model(tiny_config("qwen3_moe"), moe_implementation=given)
+    assert model.config._experts_implementation == expected
+    assert build_foundation_model(tiny_config("qwen3"), moe_implementation=given) is not None
+
+
+def test_unknown_experts_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"moe_implementation 'gruoped_mm' is not registered .*, did you mean grouped_mm\?"
+    ):
+        build_foundation_model(tiny_config("qwen3_moe"), moe_implementation="gruoped_mm")
+
+
+def test_a_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        build_processor(tmp_path / "absent")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds no processor that can be loaded"):
+        build_processor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gpt_oss", "gemma3_text", "qwen3_next", "qwen2_5_vl", "qwen3_omni_moe_thinker", "apertus", "gpt_neox"],
+)
+def test_buffers_that_are_not_saved_are_right_after_meta_initialisation(name: str) -> None:
+    model = build_foundation_model(tiny_config(name))
+    initialize_weights(model, seed=0, device="cpu")
+    config = tiny_config(name)
+    plain = auto_class_for(config).from_config(config, dtype=torch.float32)
+    buffers = dict(plain.named_buffers())
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+    for key, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, buffers[key], msg=key)
