@@ -23,6 +23,7 @@ from veomni_models.projectors import (
     PixelShuffleProjector,
     register_projector,
 )
+from veomni_models.quantization import quantize_frozen
 from veomni_models.segment_attention import register_segment_attention
 from veomni_models.towers import register_encoder
 from veomni_models.vq_tokenizer import VQTokenizer
@@ -60,6 +61,7 @@ __all__ = [
     "mfu",
     "orpo_loss",
     "plan_for",
+    "quantize_frozen",
     "register_decoder",
     "register_encoder",
     "register_omni_model",

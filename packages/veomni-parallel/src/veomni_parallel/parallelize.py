@@ -273,10 +273,13 @@ def _ddp(model: nn.Module, state: ParallelState) -> nn.Module:
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     options: dict[str, Any] = {buffers: False}
+    # weights in few bits cannot be broadcast; all ranks hold the same by contract
+    plain = all(type(parameter) in (nn.Parameter, torch.Tensor) for parameter in model.parameters())
     return DistributedDataParallel(
         model.to(state.device),
         process_group=state.loss.get_group(),
         gradient_as_bucket_view=True,
+        init_sync=plain,
         # a tower's unused head, or a branch that only some ranks take, must not stop the reduction
         find_unused_parameters=True,
         **options,
