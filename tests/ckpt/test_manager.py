@@ -281,6 +281,51 @@ def test_keep_last_keeps_the_newest_and_the_one_just_saved(tmp_path: Path) -> No
         CheckpointManager(tmp_path, keep_last=0)
 
 
+def test_steps_that_are_protected_or_multiples_stay(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep_last=1, keep_every=4)
+    for step in range(1, 10):
+        manager.save(step, *make(), {"step": step})
+        if step in (3, 6):
+            manager.protect(step)
+    names = {f"global_step_{step}" for step in (3, 4, 6, 8, 9)}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert manager.load(3, *make()) == {"step": 3}
+    later = CheckpointManager(tmp_path, keep_last=1)
+    later.release(6)
+    later.release(5)
+    later.save(10, *make())
+    assert {path.name for path in tmp_path.iterdir()} == {"global_step_3", "global_step_10"}
+    with pytest.raises(CheckpointError, match="global_step_99 cannot be protected: No such file"):
+        later.protect(99)
+    with pytest.raises(ValueError, match="keep_every=0"):
+        CheckpointManager(tmp_path, keep_every=0)
+
+
+def test_weights_that_both_have_are_loaded_alone_if_asked_for(tmp_path: Path) -> None:
+    manager = three_checkpoints(tmp_path)
+    saved, _ = make()
+    manager.load(10, saved)
+    extended = PlainNet()
+    extended.add_module("more", nn.Linear(1, 1))
+    del extended.out
+    before = extended.more.weight.clone()
+    with pytest.warns(UserWarning, match="which") as said:
+        assert manager.load(10, extended, strict=False) == {"step": 10}
+    sentences = [str(warning.message) for warning in said]
+    assert f"{tmp_path / 'global_step_10'} has no more.weight, more.bias, which stays as it is" in sentences
+    assert f"{tmp_path / 'global_step_10'} has out.bias, out.weight, which the model has not" in sentences
+    assert torch.equal(extended.module.weight, saved.get_parameter("module.weight"))
+    assert torch.equal(extended.more.weight, before)
+    wider = PlainNet()
+    wider.out = nn.Linear(5, 4)
+    with pytest.raises(CheckpointError, match=r"out.weight is \[3, 5\] in the checkpoint"):
+        manager.load(10, wider, strict=False)
+    with pytest.raises(CheckpointError, match="it has none of the model's weights"):
+        manager.load(10, nn.Sequential(nn.Linear(2, 2)), strict=False)
+    with pytest.raises(CheckpointError, match="an optimizer needs all weights: give none, or strict=True"):
+        manager.load(10, *make(), strict=False)
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     manager = three_checkpoints(tmp_path)
     manager.save(10, *make(5), {"step": "again"})

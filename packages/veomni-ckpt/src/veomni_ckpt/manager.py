@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from veomni_ckpt import optimizer_state, state_tree
 from veomni_ckpt.agreement import agree, is_distributed
@@ -24,8 +24,10 @@ from veomni_ckpt.durable import hidden_beside, publish, remove, restore_replaced
 from veomni_ckpt.errors import CheckpointError, DamagedCheckpointError
 from veomni_ckpt.names import reshard, some
 from veomni_ckpt.staging import Staging
+from veomni_ckpt.strided_shards import with_pieces
 
 _STEP = re.compile(r"global_step_(\d+)")
+_PROTECTED = "protected"
 _LEFTOVER = re.compile(r"\.(global_step_\d+)\.(partial|replaced|removed)")
 
 
@@ -45,22 +47,32 @@ class CheckpointManager:
     them see. If one rank fails, all raise.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int | None = None, async_save: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        async_save: bool = False,
+    ) -> None:
         """Touches nothing yet: `folder` is made by the first save.
 
         Args:
             folder: holds the step folders.
             keep_last: how many of the newest checkpoints stay after a save; None keeps all.
+            keep_every: steps that are multiples of it stay too, as do those that `protect` was called for.
             async_save: `save` returns when the state has been copied to the host's memory, and a thread writes it.
                 The copy is kept for reuse: one more model and optimizer in memory. Call `close` at the end.
 
         Raises:
-            ValueError: `keep_last` is not positive.
+            ValueError: `keep_last` or `keep_every` is not positive.
         """
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every={keep_every} is no distance of steps: give at least 1, or None")
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last} would keep no checkpoint: give at least 1, or None to keep all")
         self.folder = Path(folder)
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
         self.async_save = async_save
         self._group: dist.ProcessGroup | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -105,8 +117,29 @@ class CheckpointManager:
         else:
             self._write(snapshot, group)
 
+    def protect(self, step: int) -> None:
+        """Let `keep_last` never delete this step, such as the best so far; also in later runs. Not a collective.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or its folder cannot be written to.
+        """
+        folder = self.folder / f"global_step_{step}"
+        try:
+            (folder / _PROTECTED).touch()
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be protected: {error.strerror}") from error
+
+    def release(self, step: int) -> None:
+        """Undo `protect`: the step goes like any other. Not a collective."""
+        (self.folder / f"global_step_{step}" / _PROTECTED).unlink(missing_ok=True)
+
     def load(
-        self, which: int | str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+        self,
+        which: int | str | Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        strict: bool = True,
     ) -> Any | None:
         """Read a checkpoint into the model and the optimizer, whatever number of ranks and layout wrote it.
 
@@ -115,6 +148,8 @@ class CheckpointManager:
                 step of the folder, or the path of a step folder.
             model: already has its parameters in memory (not on the meta device).
             optimizer: None leaves the saved optimizer state unread.
+            strict: False loads what both have and warns of the rest, which stays as it is (weights alone: an
+                optimizer needs all of them). Shapes and dtypes must be the saved ones all the same.
 
         Returns:
             The saved `extra_state`, an empty dict if none was given; None if "auto" finds no checkpoint at all.
@@ -132,7 +167,7 @@ class CheckpointManager:
         damaged: list[str] = []
         for folder in candidates:
             try:
-                return _load(folder, model, optimizer, group)
+                return _load(folder, model, optimizer, group, strict)
             except DamagedCheckpointError as error:
                 damaged.append(str(error))
                 if folder != candidates[-1] and _is_first(group):
@@ -219,7 +254,7 @@ class CheckpointManager:
                 # one process without a group is what was asked for
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.save(
-                    snapshot.tensors,
+                    with_pieces(snapshot.tensors),
                     storage_writer=dcp.FileSystemWriter(partial, overwrite=False),
                     process_group=group,
                     no_dist=group is None,
@@ -250,11 +285,12 @@ class CheckpointManager:
                     remove(path)
 
     def _prune(self, saved_step: int) -> None:
-        """Delete all but the newest `keep_last` steps; never the one just saved."""
+        """Delete all but the newest `keep_last` steps and those that stay; never the one just saved."""
         if self.keep_last is None:
             return
         for step in sorted(self._steps(), reverse=True)[self.keep_last :]:
-            if step != saved_step:
+            kept = self.keep_every is not None and step % self.keep_every == 0
+            if step != saved_step and not kept and not (self.folder / f"global_step_{step}" / _PROTECTED).exists():
                 try:
                     retire(self.folder / f"global_step_{step}")
                 except OSError as error:
@@ -294,7 +330,11 @@ def _take_snapshot(step: int, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def _load(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, group: dist.ProcessGroup | None
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    group: dist.ProcessGroup | None,
+    strict: bool,
 ) -> Any:
     reshard(model)
     failure: Exception | None = None
@@ -320,6 +360,10 @@ def _load(
     groups: list[dict[str, Any]] = []
     try:
         model_state = get_model_state_dict(model)
+        if not strict:
+            if optimizer is not None:
+                raise CheckpointError("an optimizer needs all weights: give none, or strict=True")
+            model_state, metadata, plain = _common(folder, model_state, metadata, plain, _is_first(group))
         _check_model(model_state, metadata, plain)
         if optimizer is not None:
             if document is None:
@@ -342,7 +386,7 @@ def _load(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(
-                flat,
+                with_pieces(flat),
                 storage_reader=SafeReader(folder, metadata),
                 process_group=group,
                 no_dist=group is None,
@@ -353,8 +397,30 @@ def _load(
 
     if optimizer is not None and document is not None:
         optimizer_state.restore(model, optimizer, optimizer_tensors, document, groups)
-    set_model_state_dict(model, {name: plain[name] if name in plain else flat[f"model.{name}"] for name in model_state})
+    loaded = {name: plain[name] if name in plain else flat[f"model.{name}"] for name in model_state}
+    set_model_state_dict(model, loaded, options=StateDictOptions(strict=strict))
     return extra_state
+
+
+def _common(
+    folder: Path, model_state: dict[str, Any], metadata: Metadata, plain: dict[str, Any], say: bool
+) -> tuple[dict[str, Any], Metadata, dict[str, Any]]:
+    """What both the model and the checkpoint have; a warning names the rest."""
+    entries = metadata.state_dict_metadata
+    saved = {name.removeprefix("model.") for name in entries if name.startswith("model.")} | set(plain)
+    missing, unexpected = [n for n in model_state if n not in saved], sorted(saved - set(model_state))
+    if say and missing:
+        warnings.warn(f"{folder} has no {some(missing)}, which stays as it is", stacklevel=3)
+    if say and unexpected:
+        warnings.warn(f"{folder} has {some(unexpected)}, which the model has not", stacklevel=3)
+    if len(missing) == len(model_state):
+        raise CheckpointError("it has none of the model's weights")
+    left = {name: entry for name, entry in entries.items() if name.removeprefix("model.") not in unexpected}
+    return (
+        {name: value for name, value in model_state.items() if name in saved},
+        replace(metadata, state_dict_metadata=left),
+        {name: value for name, value in plain.items() if name in model_state},
+    )
 
 
 def _has_optimizer(metadata: Metadata) -> bool:

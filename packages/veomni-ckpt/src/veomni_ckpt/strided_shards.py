@@ -1,0 +1,81 @@
+"""Shards that are several pieces of a tensor, as DCP's planners take them.
+
+Tensor parallelism divides a joined weight (gate and up projection in one) so that each rank holds a part of each half:
+rows that do not lie next to each other, of which DCP's own plan for a DTensor makes one piece.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+
+def with_pieces(tree: Any) -> Any:
+    """The state with each tensor of such shards replaced by its pieces, which share its memory."""
+    if isinstance(tree, dict):
+        return {key: with_pieces(value) for key, value in tree.items()}
+    if isinstance(tree, DTensor) and any(isinstance(placement, _StridedShard) for placement in tree.placements):
+        return Pieces(tree)
+    return tree
+
+
+class Pieces(torch.Tensor):
+    """What DCP asks of a tensor that knows its own pieces: its protocol of double-underscored methods."""
+
+    @staticmethod
+    def __new__(cls, tensor: DTensor) -> Pieces:
+        """A tensor of the whole shape, without memory of its own."""
+        return torch.Tensor._make_wrapper_subclass(cls, tensor.size(), dtype=tensor.dtype, device=tensor.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(f"{func} cannot be computed on pieces of a tensor, which are there to be saved and loaded")
+
+    def __init__(self, tensor: DTensor) -> None:
+        local = tensor.to_local()
+        self.pieces: dict[torch.Size, torch.Tensor] = {}
+        ranges = [_ranges(tensor, dim) for dim in range(tensor.ndim)]
+        for chosen in product(*ranges):
+            piece = local
+            for dim, (_, first, length) in enumerate(chosen):
+                piece = piece.narrow(dim, first, length)
+            self.pieces[torch.Size(start for start, _, _ in chosen)] = piece
+
+    def _chunks(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets, piece.size()) for offsets, piece in self.pieces.items()]
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(piece), self.size()),
+            )
+            for chunk, piece in zip(self._chunks(), self.pieces.values(), strict=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return self._chunks()
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.pieces[torch.Size(index.offset or ())]
+
+
+def _ranges(tensor: DTensor, dim: int) -> list[tuple[int, int, int]]:
+    """Of a dimension: where each run of this rank's rows begins in the whole and here, and how many they are."""
+    length = tensor.size(dim)
+    for place, placement in enumerate(tensor.placements):
+        if not isinstance(placement, Shard | _StridedShard) or placement.dim % tensor.ndim != dim:
+            continue
+        ranks, rank = tensor.device_mesh.size(place), tensor.device_mesh.get_local_rank(place)
+        blocks = placement.split_factor if isinstance(placement, _StridedShard) else 1
+        whole, part = length // blocks, -(-(length // blocks) // ranks)
+        own = max(0, min(part, whole - rank * part))
+        return [(block * whole + rank * part, block * own, own) for block in range(blocks)]
+    return [(0, 0, length)]
