@@ -52,3 +52,25 @@ def test_a_killed_run_goes_on_with_the_very_numbers_of_an_undisturbed_one(argume
 
     assert len(numbers(whole)) == STEPS
     assert numbers(cut) == numbers(whole)
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.timeout(200)
+def test_a_run_that_is_told_to_stop_saves_itself_and_goes_on(
+    told: signal.Signals, arguments: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "told"
+    run = start(arguments, folder)
+    while run.poll() is None and max([line["step"] for line in read_metrics(folder)], default=0) < 5:
+        time.sleep(0.02)
+    begin = time.monotonic()
+    run.send_signal(told)
+    assert run.wait(30) == 0
+    assert time.monotonic() - begin < 30
+    last = read_metrics(folder)[-1]["step"]
+    assert 5 <= last < STEPS
+    assert (folder / "checkpoints" / f"global_step_{last}").is_dir()
+    assert not (folder / "summary.json").exists()
+    assert f"told to stop: saved at step {last}" in folder.with_suffix(".log").read_text()
+    assert start(arguments, folder, "--train.load_checkpoint_path=auto").wait(100) == 0
+    assert [line["step"] for line in read_metrics(folder)] == list(range(1, STEPS + 1))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from veomni_ckpt.inspection import Inspection, inspect
     from veomni_ckpt.leftovers import Leftover, find_leftovers, prune, repair
     from veomni_ckpt.manager import CheckpointManager
+    from veomni_ckpt.preemption import StopSignals
     from veomni_ckpt.to_dcp import hf_to_dcp
     from veomni_ckpt.to_hf import Conversion, dcp_to_hf
     from veomni_ckpt.verification import Verification, verify
@@ -23,6 +24,7 @@ _MODULES = {
     "Conversion": "to_hf",
     "Inspection": "inspection",
     "Leftover": "leftovers",
+    "StopSignals": "preemption",
     "Verification": "verification",
     "dcp_to_hf": "to_hf",
     "export_hf": "hf_export",
@@ -41,6 +43,7 @@ __all__ = [
     "Conversion",
     "Inspection",
     "Leftover",
+    "StopSignals",
     "Verification",
     "dcp_to_hf",
     "export_hf",

@@ -6,7 +6,10 @@ import functools
 import json
 import logging
 import os
+import shutil
+import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +18,7 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_LAUNCHED = "VEOMNI_LAUNCHED_AT"
+_LAUNCHED, _STOPPED = "VEOMNI_LAUNCHED_AT", "VEOMNI_STOPPED_FILE"
 _IMPORTED = time.time()
 USER_ERROR = 2  # the exit code of a run that ended because of something the user can put right
 
@@ -23,6 +26,7 @@ USER_ERROR = 2  # the exit code of a run that ended because of something the use
 def launch(script: str, arguments: Sequence[str]) -> int:
     """Run `script` (a module or a file) by torchrun on this machine's processes; returns its exit code.
 
+    SIGTERM and SIGUSR1 are passed on; a run that has saved itself upon them ends with 0.
     Honours NPROC_PER_NODE (default: one for each GPU, else one), NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -38,6 +42,10 @@ def launch(script: str, arguments: Sequence[str]) -> int:
     # the agent's own report of a dead process says nothing that the rank's sentence does not say better
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     program = [script] if script.endswith(".py") else ["-m", script]
+    # torchrun passes SIGTERM on to the ranks; a scheduler's other signal means the same
+    signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = Path(tempfile.mkdtemp()) / "stopped"
+    os.environ[_STOPPED] = str(stopped)
     try:
         run(parse_args([*_rendezvous(), "--nproc-per-node", processes, *program, *arguments]))
     except ChildFailedError as failed:
@@ -52,8 +60,16 @@ def launch(script: str, arguments: Sequence[str]) -> int:
             print(f"rank {rank} ended with {what}; its output is above", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except (KeyboardInterrupt, SignalException):
-        return 130
+        return 0 if stopped.exists() else 130
+    finally:
+        shutil.rmtree(stopped.parent, ignore_errors=True)
     return 0
+
+
+def note_stop() -> None:
+    """Tell the launcher that the run was told to stop, and has saved all that it needs to go on."""
+    if (file := os.environ.get(_STOPPED)) is not None:
+        Path(file).touch()
 
 
 def _rendezvous() -> list[str]:

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from veomni_ckpt import CheckpointError, CheckpointManager, export_hf
+from veomni_ckpt import CheckpointError, CheckpointManager, StopSignals, export_hf
 from veomni_config import ConfigError, OmniRecipeConfig, dump_config, parse_args
 from veomni_data import (
     DataError,
@@ -46,7 +46,7 @@ from veomni_recipes.charts import draw_answers, draw_loss
 from veomni_recipes.data_checks import check_rows, sizes_that_differ
 from veomni_recipes.distributed import barrier, gather, init_distributed, rank, to_device, world_size
 from veomni_recipes.evaluation import accuracies, answer_held_out, pictures_to_draw, prompt_options
-from veomni_recipes.launch import ends_with_one_sentence, seconds_since_launch
+from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
 from veomni_recipes.progress import Display, Progress, count_tokens
 from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json, write_json_lines
@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         description=describe_data(cfg, assets, pad_token_id),
         **row_options(cfg, total_steps, hidden_size),
     )
+    stop, stopped = StopSignals().listen(), False
     checkpoints = CheckpointManager(folder / "checkpoints", async_save=cfg.train.save_async)
     progress = Progress()
     if resume_from is not None:
@@ -222,12 +223,23 @@ def main(argv: list[str] | None = None) -> None:
             display.step(line)
             if metrics is not None:
                 metrics.write(line)
-            if cfg.train.save_steps and progress.step % cfg.train.save_steps == 0:
+            stopped = stop.requested(device)
+            if stopped or (cfg.train.save_steps and progress.step % cfg.train.save_steps == 0):
                 checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+            if stopped:
+                break
+        if stopped:
+            break
         progress.end_epoch(loader)
         if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
             checkpoints.save(progress.step, model, optimizer, progress.state(loader))
     checkpoints.close()
+    if stopped:
+        display.say(f"told to stop: saved at step {progress.step}; --train.load_checkpoint_path=auto goes on")
+        display.close()
+        if first:
+            note_stop()
+        return
     if progress.step < total_steps:
         size = progress.tokens // progress.epoch
         display.say(f"the data ended after {progress.step} of {total_steps} steps: set data.train_size to {size}")

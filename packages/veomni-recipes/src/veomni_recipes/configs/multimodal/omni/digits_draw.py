@@ -85,7 +85,7 @@ def write_pictures(folder: Path, number: int, pixels: Any, rng: random.Random, c
 
 
 def training(files: dict[int, list[str]], labels: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """40 % pictures to read, 50 % to draw, 10 % to draw again; what is drawn are pictures as they were written."""
+    """60 % pictures to read, 30 % to draw, 10 % to draw again; what is drawn are pictures as they were written."""
     of_digit: dict[int, list[int]] = {}
     for member in files:
         of_digit.setdefault(int(labels[member]), []).append(member)
@@ -97,7 +97,7 @@ def training(files: dict[int, list[str]], labels: Any, rng: random.Random) -> It
         return decks[deck].pop()
 
     for _ in range(TRAINING_SAMPLES):
-        (task,) = rng.choices(["read", "draw", "draw_again"], [4, 5, 1])
+        (task,) = rng.choices(["read", "draw", "draw_again"], [6, 3, 1])
         if task == "read":
             member = deal("read")
             yield read(rng.choice(files[member]), int(labels[member]), rng.choice(QUESTIONS["single_picture"]))
