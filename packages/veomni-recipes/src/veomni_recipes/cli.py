@@ -22,9 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="train by a recipe on all devices of this machine", add_help=False)
     run.add_argument("recipe", help=f"one of {', '.join(RECIPES)}, or a script of your own")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="the YAML file and overrides such as --train.lr 1e-4")
-    ask = commands.add_parser("ask", help="show a trained model pictures, videos or sounds and ask about them")
-    ask.add_argument("file", nargs="+", type=Path, help="pictures, videos and sounds, in the order of the question")
+    ask = commands.add_parser("ask", help="ask a trained model about pictures, videos or sounds, or for drawings")
+    ask.add_argument("file", nargs="*", type=Path, help="pictures, videos and sounds, in the order of the question")
     ask.add_argument("question", help="what to ask")
+    ask.add_argument("--output", type=Path, default=Path("drawing.png"), help="where what it draws is written")
+    ask.add_argument("--seed", type=int, default=0, help="of what it draws: another one gives another drawing")
     ask.add_argument(
         "--run", type=Path, default=Path("outputs/digits"), help="run folder, or a folder that it exported"
     )
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         return report_runs(args.runs, args.output)
     if args.command == "ask":
-        return ask_model(args.run, args.file, args.question)
+        return ask_model(args.run, args.file, args.question, args.output, args.seed)
     if args.recipe not in RECIPES and not Path(args.recipe).is_file():
         print(f"{args.recipe} is neither a recipe ({', '.join(RECIPES)}) nor a script", file=sys.stderr)
         return USER_ERROR
@@ -55,8 +57,8 @@ def report_runs(runs: list[Path], output: Path) -> int:
     return 0
 
 
-def ask_model(run: Path, files: list[Path], question: str) -> int:
-    """Print what the model of a run says about pictures, videos and sounds."""
+def ask_model(run: Path, files: list[Path], question: str, output: Path, seed: int) -> int:
+    """Print what the model of a run says about pictures, videos and sounds, and write what it draws."""
     from veomni_data import DataError, get_chat_template, multimodal_prompt
     from veomni_models import is_omni_folder
 
@@ -66,18 +68,22 @@ def ask_model(run: Path, files: list[Path], question: str) -> int:
         return USER_ERROR
 
     @ends_with_one_sentence(DataError)
-    def answer() -> str:
+    def answer() -> None:
         from veomni_recipes.evaluation import generate, load_exported, prompt_options
 
         model, processor = load_exported(folder)
         parts = [{"type": _kind(file), _kind(file): str(file)} for file in files]
         example = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]}
         template = get_chat_template("default", processor.tokenizer)
-        return generate(model, processor, [multimodal_prompt(example, template=template, **prompt_options(processor))])[
-            0
-        ]
+        prompt = multimodal_prompt(example, template=template, **prompt_options(processor))
+        (said,) = generate(model, processor, [prompt], seed=seed)
+        print(said.text.strip())
+        for index, picture in enumerate(said.pictures):
+            file = output if index == 0 else output.with_stem(f"{output.stem}_{index + 1}")
+            picture.save(file)
+            print(f"drew {file}")
 
-    print(answer())
+    answer()
     return 0
 
 
