@@ -8,9 +8,21 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
+from veomni_models import (
+    add_adapters,
+    build_foundation_model,
+    initialize_adapters,
+    initialize_weights,
+    merge_adapters,
+    save_adapters,
+    without_adapters,
+)
 from veomni_parallel import (
     ParallelError,
     build_parallelize_model,
@@ -23,6 +35,17 @@ from veomni_parallel import (
 from tests.parallel.families import build_family, slice_row
 from tests.parallel.parity import TOLERANCE, Gradients, gradients_of, pack, samples, worst
 
+MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LAYOUTS: dict[str, tuple[int, dict[str, int], str]] = {
@@ -127,3 +150,33 @@ def test_adapters_with_experts_are_saved_and_merged(tmp_path: Path) -> None:
         assert torch.equal(loaded(input_ids=row["input_ids"]).logits, expected)
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=row["input_ids"]).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def made_on_meta(folder: Path, mode: str | None) -> dict[str, torch.Tensor]:
+    """The weights of an adapted model that was made on meta and sharded, once merged; its adapters are in `folder`."""
+    model = build_foundation_model(overrides=MOE)
+    add_adapters(model, {"r": 2, "target_modules": ["q_proj", "down_proj"], "target_parameters": EXPERTS})
+    if mode is not None:
+        model = build_parallelize_model(model, init_parallel_state(device_type="cpu"), mode=mode)
+    with without_adapters(model):
+        initialize_weights(model, 0, "cpu")
+    initialize_adapters(model, 1, "cpu")
+    with torch.no_grad():  # B begins at zero; now the product does something
+        for name, p in model.named_parameters():
+            if ".lora_B" in name:
+                p.add_(0.1)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    save_adapters(model, folder, write=mode is None or dist.get_rank() == 0)
+    merge_adapters(model)
+    with without_adapters(model):
+        return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+
+
+def test_adapters_made_on_meta_and_merged_on_shards_are_those_of_one_process(two_ranks: Ranks, tmp_path: Path) -> None:
+    alone = made_on_meta(tmp_path / "1", None)
+    for shards in two_ranks.run(made_on_meta, tmp_path / "2", "fsdp2"):
+        assert shards.keys() == alone.keys()
+        assert all(torch.equal(shards[name], alone[name]) for name in alone)
+    files = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("1", "2")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])

@@ -1,5 +1,13 @@
 """Foundation models of the ecosystem, and omni models assembled from any parts."""
 
+from veomni_models.adapters import (
+    add_adapters,
+    has_adapters,
+    initialize_adapters,
+    merge_adapters,
+    save_adapters,
+    without_adapters,
+)
 from veomni_models.auto import register_omni_model
 from veomni_models.decoders import build_picture_decoder, register_decoder
 from veomni_models.distillation import fused_linear_distillation
@@ -41,6 +49,7 @@ __all__ = [
     "PixelShuffleProjector",
     "Reply",
     "VQTokenizer",
+    "add_adapters",
     "build_foundation_model",
     "build_omni_model",
     "build_omni_processor",
@@ -54,10 +63,13 @@ __all__ = [
     "fused_linear_cross_entropy",
     "fused_linear_distillation",
     "fused_linear_log_probs",
+    "has_adapters",
+    "initialize_adapters",
     "initialize_weights",
     "is_omni_folder",
     "load_decoders",
     "load_encoders",
+    "merge_adapters",
     "mfu",
     "orpo_loss",
     "plan_for",
@@ -68,7 +80,9 @@ __all__ = [
     "register_projector",
     "register_segment_attention",
     "reply",
+    "save_adapters",
     "simpo_loss",
     "sum_by_sample",
     "use_fused_loss",
+    "without_adapters",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -68,10 +68,11 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
             raise ModelError(
                 f"{type(source).__name__} has no {name} of shape {list(tensor.shape)}, which is to be filled"
             )
-        _keep_own_part(values[name].detach().to(tensor.device, tensor.dtype), tensor)
+        keep_own_part(values[name].detach().to(tensor.device, tensor.dtype), tensor)
 
 
-def _keep_own_part(whole: torch.Tensor, target: torch.Tensor) -> None:
+def keep_own_part(whole: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy this rank's part of a tensor that every rank has whole; nothing is communicated."""
     if isinstance(target, DTensor):
         # no source rank: every rank has the same whole tensor, so nothing is sent
         part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
@@ -104,7 +105,7 @@ def _draw_forgotten(model: PreTrainedModel, seed: int) -> None:
     whole = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     values = dict(whole.named_parameters()) | dict(whole.named_buffers())
     for name in forgotten:
-        _keep_own_part(values[name].detach().to(tensors[name].device, tensors[name].dtype), tensors[name])
+        keep_own_part(values[name].detach().to(tensors[name].device, tensors[name].dtype), tensors[name])
 
 
 def _any_nan(tensor: torch.Tensor) -> bool:
@@ -134,17 +135,31 @@ def _whole_parameters(module: nn.Module) -> Iterator[None]:
         children = [child for child in module.children() if not isinstance(child, FSDPModule)]
         inside = [module, *(m for child in children if not _holds_units(child) for m in child.modules())]
     sharded = [(m, name, p) for m in inside for name, p in m.named_parameters(recurse=False) if isinstance(p, DTensor)]
-    wholes: dict[DTensor, nn.Parameter] = {}
+    with whole_parameters(sharded):
+        yield
+
+
+Slot: TypeAlias = tuple[nn.Module, str, nn.Parameter]
+"""A module, the name of a parameter of its own, and that parameter."""
+
+
+@contextmanager
+def whole_parameters(sharded: Sequence[Slot], gather: bool = False) -> Iterator[None]:
+    """Inside, these sharded parameters are whole tensors; on leaving, each rank's shard takes its part of them.
+
+    Their values are undefined inside, or with `gather`, for which all ranks come together, what they were.
+    """
+    wholes: dict[nn.Parameter, nn.Parameter] = {}
     for m, name, p in sharded:
         # a parameter that two modules share stays shared
-        whole = wholes.setdefault(
-            p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
-        )
-        setattr(m, name, whole)
+        if p not in wholes:
+            value = p.full_tensor() if gather else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            wholes[p] = nn.Parameter(value.detach(), p.requires_grad)
+        setattr(m, name, wholes[p])
     try:
         yield
     finally:
         for m, name, p in sharded:
             setattr(m, name, p)
     for p, whole in wholes.items():
-        _keep_own_part(whole.data, p)
+        keep_own_part(whole.data, p)
