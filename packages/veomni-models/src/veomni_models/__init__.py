@@ -33,6 +33,7 @@ from veomni_models.projectors import (
 )
 from veomni_models.quantization import quantize_frozen
 from veomni_models.segment_attention import register_segment_attention
+from veomni_models.tiny import tiny_config
 from veomni_models.towers import register_encoder
 from veomni_models.vq_tokenizer import VQTokenizer
 
@@ -83,6 +84,7 @@ __all__ = [
     "save_adapters",
     "simpo_loss",
     "sum_by_sample",
+    "tiny_config",
     "use_fused_loss",
     "without_adapters",
 ]
