@@ -1,4 +1,4 @@
-"""Small sizes for the config of any architecture, to try a model in seconds: by the names that configs have for them."""
+"""Small sizes for the config of any architecture, to try a model in seconds."""
 
 from __future__ import annotations
 
