@@ -37,7 +37,7 @@ def export_hf(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the model as safetensors, with its config, in a folder that `from_pretrained` loads.
+    """Write the model as safetensors, with its config, in a folder that `from_pretrained` loads; diffusers' too.
 
     A collective: all ranks gather each tensor in turn, rank 0 keeps those of one file and writes it. The folder appears
     under its name when complete; an older Hugging Face folder of that name is replaced then and not before.
@@ -71,9 +71,10 @@ def export_hf(
     agree(failure, context=context)
 
     count = len(files)
-    file_names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    stem = "diffusion_pytorch_model" if is_of_diffusers(model) else "model"
+    file_names = [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     if count == 1:
-        file_names = ["model.safetensors"]
+        file_names = [f"{stem}.safetensors"]
     for file_name, names in zip(file_names, files, strict=True):
         kept: dict[str, torch.Tensor] = {}
         for name in names:
@@ -96,7 +97,7 @@ def export_hf(
     try:
         if is_first:
             if count > 1:
-                _write_index(partial, file_names, files, state, dtype)
+                _write_index(partial / f"{stem}.safetensors.index.json", file_names, files, state, dtype)
             _write_configs(model, partial, state, dtype)
             for asset in assets:
                 _write_asset(asset, partial)
@@ -188,23 +189,31 @@ def _for_file(whole: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return whole.detach().to("cpu").clone(memory_format=torch.contiguous_format)
 
 
+def is_of_diffusers(model: nn.Module) -> bool:
+    """Whether it is a model of diffusers, whose files have other names and whose config is written otherwise."""
+    return hasattr(unwrap(model), "save_config")
+
+
 def _write_index(
-    folder: Path, file_names: list[str], files: list[list[str]], state: dict[str, Any], dtype: torch.dtype | None
+    path: Path, file_names: list[str], files: list[list[str]], state: dict[str, Any], dtype: torch.dtype | None
 ) -> None:
     index = {
         "metadata": {"total_size": sum(_bytes_of(tensor, dtype) for tensor in state.values())},
         "weight_map": {name: file for file, names in zip(file_names, files, strict=True) for name in names},
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_configs(model: nn.Module, folder: Path, state: dict[str, Any], dtype: torch.dtype | None) -> None:
     inner = unwrap(model)
     config: Any = getattr(inner, "config", None)
-    if hasattr(config, "save_pretrained"):
+    # fully_shard gives the model a class of its own, made of FSDPModule and the author's class
+    author_class = next(cls for cls in type(inner).__mro__ if not issubclass(cls, FSDPModule))
+    if is_of_diffusers(model):
+        document = json.loads(inner.to_json_string()) | {"_class_name": author_class.__name__}
+        (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    elif hasattr(config, "save_pretrained"):
         config = copy.deepcopy(config)
-        # fully_shard gives the model a class of its own, made of FSDPModule and the author's class
-        author_class = next(cls for cls in type(inner).__mro__ if not issubclass(cls, FSDPModule))
         config.architectures = [author_class.__name__]
         floating = [tensor.dtype for tensor in state.values() if tensor.dtype.is_floating_point]
         if floating:

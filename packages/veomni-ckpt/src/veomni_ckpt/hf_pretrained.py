@@ -71,6 +71,10 @@ def _copy_files(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 def _files_of_names(folder: Path) -> dict[str, Path]:
     """Name of each tensor -> the file that holds it."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not whole.is_file() and not index.is_file():  # diffusers has names of its own
+        of_diffusers = folder / f"diffusion_pytorch_{whole.name}", folder / f"diffusion_pytorch_{index.name}"
+        if any(path.is_file() for path in of_diffusers):
+            whole, index = of_diffusers
     if whole.is_file():
         try:
             with safe_open(whole, framework="pt") as file:
