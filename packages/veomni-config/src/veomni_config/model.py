@@ -67,6 +67,11 @@ class ModelConfig(Section):
         description="Experts kernel: `eager` loops over experts, `fused` is one grouped matrix product; `auto` "
         "and null take the best one for the device.",
     )
+    lora_config: AnyKeys = Field(
+        default={},
+        description="Options of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...) for "
+        "`train.train_architecture: lora`.",
+    )
     basic_modules: Names = Field(
         default=(), description="Class names of further modules that FSDP shards as units of their own."
     )

@@ -72,7 +72,6 @@ RENAMED = {
 _REASONS = {
     "the index is found beside the weights": ("model.safetensor_idx_path",),
     "not supported yet": (
-        "model.lora_config",
         "train.pad_to_length",
         "train.ep_sharded_stream_load",
         "train.enable_batch_invariant_mode",

@@ -46,6 +46,18 @@ class RecipeConfig(Section):
             )
         return None
 
+    @rule("model.lora_config", "train.train_architecture")
+    def _adapters_are_asked_for(self) -> str | None:
+        if self.model.lora_config and self.train.train_architecture != "lora":
+            return "no adapters are trained: set train.train_architecture to lora, or leave lora_config out"
+        return None
+
+    @rule("train.data_parallel_mode", "train.train_architecture")
+    def _adapters_are_not_flattened(self) -> str | None:
+        if self.train.train_architecture == "lora" and self.train.data_parallel_mode == "fsdp1":
+            return "fsdp1 flattens adapters and frozen weights together: set data_parallel_mode to fsdp2 or ddp"
+        return None
+
     @rule("train.dyn_bsz_margin", "train.micro_batch_size", "data.max_seq_len")
     def _margin_leaves_a_budget(self) -> str | None:
         budget = self.train.micro_batch_size * self.data.max_seq_len

@@ -107,7 +107,14 @@ class TrainConfig(Section):
         default=True, description="Whether activations are computed again in the backward pass, to save memory."
     )
     enable_reentrant: bool = Field(
-        default=False, description="Whether gradient checkpointing is torch's reentrant one."
+        default=False,
+        json_schema_extra={"legacy": "gradient checkpointing is never the reentrant one, which hooks do not survive"},
+        description="Whether gradient checkpointing is torch's reentrant one."
+    )
+    enable_fused_loss: bool = Field(
+        default=True,
+        description="Whether the loss is computed in chunks of tokens, without the logits of a whole row; `false` for a "
+        "model whose head does more than that knows.",
     )
     enable_full_shard: bool = Field(
         default=True,

@@ -89,6 +89,7 @@ def build_parallelize_model(
     cpu_offload: bool = False,
     compile: bool | Mapping[str, Any] = False,
     forward_prefetch: bool = True,
+    overlap_ulysses: bool = False,
 ) -> nn.Module:
     """Spread any `nn.Module` over the ranks of `state`. Freeze parameters before, build the optimizer after.
 
@@ -117,6 +118,8 @@ def build_parallelize_model(
         compile: `torch.compile` the forward of every unit; a mapping holds its arguments ({"backend": ...}). The
             exchange of experts stays outside of the graphs.
         forward_prefetch: gather the next unit's parameters while this one computes.
+        overlap_ulysses: the exchange between Ulysses ranks overlaps with the projections of attention, see
+            `apply_ulysses`.
 
     Raises:
         ParallelError: an unknown option, a model on meta for ddp or fsdp1, a model that is wrapped already, a state of
@@ -141,7 +144,7 @@ def build_parallelize_model(
         apply_tensor_parallel(model, state, plan.tp, exclude=tuple(experts))
     if hasattr(model, "get_decoder"):
         if state.sp.size() > 1:
-            apply_ulysses(model, state.sp)
+            apply_ulysses(model, state.sp, overlap=overlap_ulysses)
         else:
             apply_packed_attention(model)
         share_towers(model, state.sp)
