@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .audit import AuditReport, audit
 from .balance import BalancedBuffer, Outlook, Target, attention_cost, deal_rows, step_target
+from .buckets import BucketBuffer
 from .chat_template import TEMPLATES, ChatTemplate, get_chat_template, register_chat_template
 from .collators import Batch, PackingCollator, PaddingCollator, Sample
 from .dataset import MappingDataset, Row, build_dataset
@@ -35,6 +36,7 @@ __all__ = [
     "AuditReport",
     "BalancedBuffer",
     "Batch",
+    "BucketBuffer",
     "ChatTemplate",
     "DataDescription",
     "DataError",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -46,6 +46,7 @@ def build_dataloader(
     count: Counted = "tokens",
     max_row_tokens: int | None = None,
     cost: Callable[[Sample], float] | None = None,
+    bucket: Callable[[Sample], Hashable] | None = None,
     pin_memory: bool = False,
     worker_init: Callable[[int], None] | None = None,
     worker_timeout: float | None = None,
@@ -87,6 +88,8 @@ def build_dataloader(
         cost: the work of a sample in any unit. The rows of a step are then made to cost the same, as far as that can
             be, and dealt to the ranks so that each has as many as before and about the same work; what a step is made
             of does not depend on the number of ranks either.
+        bucket: what all samples of a packed row have in common, such as the shape of a picture, so that `collate` can
+            stack them.
         pin_memory: copy batches to page-locked memory, where there is an accelerator.
         worker_init: called in each worker process with its number.
         worker_timeout: seconds after which a worker that has not answered is given up.
@@ -115,6 +118,8 @@ def build_dataloader(
         raise DataError(f"max_skipped={max_skipped} is not a share from 0 to 1")
     if not packing and (budget is not None or count == "targets"):
         raise DataError("without packing a row is one sample: budget and count say how many are packed into one")
+    if bucket is not None and (not packing or cost is not None or count == "targets"):
+        raise DataError('a bucket is for packed rows of max_seq_len tokens: without cost and count="targets"')
     if max_row_tokens is not None and (count == "tokens" or max_row_tokens < max_seq_len):
         raise DataError(
             f'max_row_tokens={max_row_tokens} is at least max_seq_len={max_seq_len}, and for count="targets"'
@@ -147,7 +152,7 @@ def build_dataloader(
             seed,
             epoch=0,
             first_step=0,
-            rules=RowRules(max_seq_len, buffer_size if packing else None, budget, max_row_tokens, cost),
+            rules=RowRules(max_seq_len, buffer_size if packing else None, budget, max_row_tokens, cost, bucket),
         ),
         encoder=Encoder(sources, ("input_ids", "labels") if collated else ("input_ids",), max_seq_len, too_long),
         dp_rank=dp_rank,

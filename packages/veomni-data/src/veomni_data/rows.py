@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from .balance import BalancedBuffer
+from .buckets import BucketBuffer
 from .collators import Sample
 from .lengths import count_targets
 from .packing import PackingBuffer
@@ -69,6 +70,7 @@ class RowRules(NamedTuple):
         budget: what a row holds at a step; None = `max_seq_len`.
         max_row_tokens: the most tokens of a row where its targets are counted, else None.
         cost: the work of a sample, which the rows of a step are to have equal parts of.
+        bucket: what the samples of a row have in common.
     """
 
     max_seq_len: int
@@ -76,12 +78,15 @@ class RowRules(NamedTuple):
     budget: Callable[[int], int] | None = None
     max_row_tokens: int | None = None
     cost: Callable[[Sample], float] | None = None
+    bucket: Callable[[Sample], Hashable] | None = None
 
     def buffer(self) -> PackingBuffer[Item] | None:
         """An empty buffer of a shard."""
         if self.buffer_size is None:
             return None
         limits: dict[str, Any] = {"length": _item_size}
+        if (bucket := self.bucket) is not None:
+            return BucketBuffer(self.max_seq_len, self.buffer_size, bucket=lambda i: bucket(i.sample), **limits)
         if self.max_row_tokens is not None:
             limits |= {"tokens": _item_tokens, "max_tokens": self.max_row_tokens}
         if self.cost is not None:
