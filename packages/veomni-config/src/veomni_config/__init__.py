@@ -2,6 +2,7 @@
 
 from .batch_plan import BatchPlan, plan_batches
 from .data import DataConfig
+from .dit import DitDataConfig, DitModelConfig, DitRecipeConfig, DitTrainConfig
 from .errors import ConfigError, Origin, Problem
 from .infer import InferConfig
 from .model import ModelConfig
@@ -17,6 +18,10 @@ __all__ = [
     "ConfigError",
     "ConfigWarning",
     "DataConfig",
+    "DitDataConfig",
+    "DitModelConfig",
+    "DitRecipeConfig",
+    "DitTrainConfig",
     "InferConfig",
     "InferRecipeConfig",
     "ModelConfig",

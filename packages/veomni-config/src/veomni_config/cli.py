@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from .check import Further
 from .diff import diff_configs
+from .dit import DitRecipeConfig
 from .errors import ConfigError, Problem
 from .json_schema import file_schema
 from .migrate import migrate
@@ -39,7 +40,7 @@ usage: veomni-config COMMAND
   schema                                                     JSON Schema for editors
   reference                                                  Markdown page of all keys
 
-validate, show, diff and schema take --recipe text|omni|vl|infer|MODULE:CLASS. Without it the first of these four that
+validate, show, diff and schema take --recipe text|omni|vl|dit|infer|MODULE:CLASS. Without it the first of these that
 knows all keys of the file is taken; schema takes text.
 """
 
@@ -47,6 +48,7 @@ RECIPES: dict[str, type[BaseModel]] = {
     "text": RecipeConfig,
     "omni": OmniRecipeConfig,
     "vl": VLRecipeConfig,
+    "dit": DitRecipeConfig,
     "infer": InferRecipeConfig,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .dit import DitRecipeConfig
 from .infer import InferConfig
 from .omni import OmniRecipeConfig, VLRecipeConfig
 from .recipe import InferRecipeConfig, RecipeConfig
@@ -34,6 +35,7 @@ def reference_page() -> str:
     for title, cls in (
         ("What the omni recipe adds", OmniRecipeConfig),
         ("What the vision-language recipe adds", VLRecipeConfig),
+        ("What the recipe of diffusion transformers adds", DitRecipeConfig),
     ):
         parts += [f"## {title}\n", _table(key for key in config_keys(cls) if key.dotted not in base)]
     parts += ["## infer\n", f"{_summary(InferConfig)}\n", _table(config_keys(InferRecipeConfig))]
