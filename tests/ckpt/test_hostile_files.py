@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from veomni_ckpt import CheckpointError, CheckpointManager
-from veomni_ckpt.dcp_files import read_metadata, verify_files
+from torch.distributed.checkpoint.metadata import Metadata
+from veomni_ckpt import CheckpointError, CheckpointManager, manifest
+from veomni_ckpt.dcp_files import read_metadata, verify_ranges
 
 
 class Touch:
@@ -31,6 +32,16 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "global_step_1"
 
 
+def forge(checkpoint: Path) -> None:
+    """Checksums do not help against who can write them too."""
+    (checkpoint / manifest.NAME).unlink()
+    (checkpoint / manifest.NAME).write_bytes(manifest.of_files(checkpoint, trainable_only=False).encode())
+
+
+def metadata_of(checkpoint: Path) -> Metadata:
+    return read_metadata(checkpoint / ".metadata", (checkpoint / ".metadata").read_bytes())
+
+
 def test_a_trusting_reader_would_run_it(checkpoint: Path, tmp_path: Path) -> None:
     """What the other tests guard against is real: torch's own reader runs the same file."""
     proof = tmp_path / "ran"
@@ -44,6 +55,7 @@ def test_a_trusting_reader_would_run_it(checkpoint: Path, tmp_path: Path) -> Non
 def test_code_in_the_metadata_does_not_run(checkpoint: Path, tmp_path: Path, protocol: int) -> None:
     proof = tmp_path / "ran"
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Touch(proof), protocol=protocol))
+    forge(checkpoint)
     with pytest.raises(CheckpointError, match=r"\.metadata cannot be read \(it asks for (posix|os)\.system"):
         CheckpointManager(tmp_path).load(1, nn.Linear(2, 2))
     assert not proof.exists()
@@ -79,6 +91,7 @@ def test_code_in_an_item_of_the_data_does_not_run(checkpoint: Path, tmp_path: Pa
     proof = tmp_path / "ran"
     item = {"model": {"weight": Touch(proof), "bias": torch.zeros(2)}}
     dcp.save(item, storage_writer=dcp.FileSystemWriter(checkpoint), no_dist=True)
+    forge(checkpoint)
     with pytest.raises(CheckpointError, match="weight is no tensor in the checkpoint"):
         CheckpointManager(tmp_path).load(1, nn.Linear(2, 2))
     assert not proof.exists()
@@ -86,21 +99,21 @@ def test_code_in_an_item_of_the_data_does_not_run(checkpoint: Path, tmp_path: Pa
 
 def test_paths_in_the_metadata_may_not_leave_the_folder(checkpoint: Path) -> None:
     for name in ("../global_step_0/__0_0.distcp", "/etc/passwd"):
-        metadata = read_metadata(checkpoint)
+        metadata = metadata_of(checkpoint)
         next(iter(metadata.storage_data.values())).relative_path = name
         with pytest.raises(CheckpointError, match="is not in the folder"):
-            verify_files(checkpoint, metadata)
+            verify_ranges(checkpoint, metadata, manifest.sizes(checkpoint))
 
 
 def test_a_tensor_that_is_only_half_described_is_found(checkpoint: Path) -> None:
-    metadata = read_metadata(checkpoint)
+    metadata = metadata_of(checkpoint)
     metadata.state_dict_metadata["model.weight"].size = torch.Size([4, 2])
     with pytest.raises(CheckpointError, match=r"does not say where all of model\.weight is stored"):
-        verify_files(checkpoint, metadata)
+        verify_ranges(checkpoint, metadata, manifest.sizes(checkpoint))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"not a pickle", pickle.dumps({"a": torch.float32})])
 def test_metadata_that_is_none_is_refused(checkpoint: Path, content: bytes) -> None:
     (checkpoint / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata (cannot be read|holds a)"):
-        read_metadata(checkpoint)
+        metadata_of(checkpoint)

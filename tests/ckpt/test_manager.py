@@ -295,7 +295,7 @@ def test_steps_that_are_protected_or_multiples_stay(tmp_path: Path) -> None:
     later.release(5)
     later.save(10, *make())
     assert {path.name for path in tmp_path.iterdir()} == {"global_step_3", "global_step_10"}
-    with pytest.raises(CheckpointError, match="global_step_99 cannot be protected: No such file"):
+    with pytest.raises(CheckpointError, match="global_step_99 cannot be protected: there is no such"):
         later.protect(99)
     with pytest.raises(ValueError, match="keep_every=0"):
         CheckpointManager(tmp_path, keep_every=0)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from veomni_ckpt.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -50,3 +55,39 @@ def agree(
         rank, message = failed[0]
         alone = len(failed) < len(messages) and not message.startswith("rank ")
         raise kind(context + (f"rank {rank}: " if alone else "") + message) from error
+
+
+def is_first(group: dist.ProcessGroup | None) -> bool:
+    """Whether this is the rank that writes what all have in common."""
+    return group is None or dist.get_rank(group) == 0
+
+
+def from_first(group: dist.ProcessGroup | None, act: Callable[[], T], *, context: str = "") -> T:
+    """What `act` returns on rank 0, which alone calls it: a small value that can be pickled.
+
+    A collective.
+
+    Raises:
+        CheckpointError: on every rank, if it raised.
+    """
+    answer: list[Any] = [None]
+    failure: Exception | None = None
+    if is_first(group):
+        try:
+            answer = [act()]
+        except Exception as error:
+            failure = error
+    agree(failure, group, context=context)
+    if group is not None:
+        dist.broadcast_object_list(answer, src=0, group=group)
+    value: T = answer[0]
+    return value
+
+
+def gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """The value of every rank, in their order. A collective."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values

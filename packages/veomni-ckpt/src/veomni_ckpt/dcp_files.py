@@ -7,12 +7,15 @@ tensors are pickles too; they are neither written nor read: `state_tree` keeps w
 
 from __future__ import annotations
 
+import io
 import math
-from pathlib import Path
-from typing import Any
+import os
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, StorageWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -23,18 +26,21 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.utils import _ReaderView
 
 from veomni_ckpt.errors import DamagedCheckpointError
-from veomni_ckpt.metadata_reader import DcpMetadata, read_dcp_metadata
+from veomni_ckpt.manifest import fault_of_item
+from veomni_ckpt.metadata_reader import DcpMetadata, parse_dcp_metadata
+from veomni_ckpt.storage import is_remote
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """The table of contents of a DCP folder, from its `.metadata`.
+def read_metadata(path: Path, data: bytes) -> Metadata:
+    """The table of contents of a DCP folder, from the bytes of its `.metadata`; `path` is for the messages.
 
     Raises:
-        DamagedCheckpointError: the file is missing, truncated, or asks for anything that DCP does not write.
+        DamagedCheckpointError: they are cut short, or ask for anything that DCP does not write.
     """
-    return _as_torch(read_dcp_metadata(folder / ".metadata"))
+    return _as_torch(parse_dcp_metadata(path, data))
 
 
 def _as_torch(found: DcpMetadata) -> Metadata:
@@ -52,34 +58,36 @@ def _as_torch(found: DcpMetadata) -> Metadata:
     return Metadata(entries, dict(found.paths), storage)
 
 
-def verify_files(folder: Path, metadata: Metadata) -> None:
+def verify_ranges(folder: Path, metadata: Metadata, sizes: dict[str, int]) -> None:
     """Check that every byte range that the metadata names lies in a file of the folder, and covers every tensor.
 
-    Reads no data: one `stat` per file.
+    Args:
+        folder: for the messages.
+        sizes: the length in bytes of each file that is there.
 
     Raises:
         DamagedCheckpointError: naming the file and what is wrong with it.
     """
     try:
-        _verify_files(folder, metadata)
+        _verify_ranges(folder, metadata, sizes)
     except (AttributeError, TypeError, ValueError) as error:
         raise DamagedCheckpointError(f"{folder / '.metadata'} is inconsistent ({error})") from error
 
 
-def _verify_files(folder: Path, metadata: Metadata) -> None:
+def _verify_ranges(folder: Path, metadata: Metadata, sizes: dict[str, int]) -> None:
     ends: dict[str, int] = {}
     for item in metadata.storage_data.values():
-        if item.relative_path != Path(item.relative_path).name or item.offset < 0 or item.length < 0:
+        name = item.relative_path
+        if name != PurePosixPath(name).name or item.offset < 0 or item.length < 0:
             raise DamagedCheckpointError(
-                f"{folder / '.metadata'} names {item.relative_path!r} at {item.offset}, which is not in the folder"
+                f"{folder / '.metadata'} names {name!r} at {item.offset}, which is not in the folder"
             )
-        ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+        ends[name] = max(ends.get(name, 0), item.offset + item.length)
     for name, end in ends.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{path} is missing")
-        if (size := path.stat().st_size) < end:
-            raise DamagedCheckpointError(f"{path} is truncated: {size} bytes of {end}")
+        if name not in sizes:
+            raise DamagedCheckpointError(f"{folder / name} is missing")
+        if sizes[name] < end:
+            raise DamagedCheckpointError(f"{folder / name} is truncated: {sizes[name]} bytes of {end}")
 
     stored = {(index.fqn, index.offset) for index in metadata.storage_data}
     for name, entry in metadata.state_dict_metadata.items():
@@ -90,12 +98,25 @@ def _verify_files(folder: Path, metadata: Metadata) -> None:
                 raise DamagedCheckpointError(f"{folder / '.metadata'} does not say where all of {name} is stored")
 
 
+def open_writer(folder: Path) -> StorageWriter:
+    """DCP's writer of files into a folder that is empty."""
+    if is_remote(folder):
+        return FsspecWriter(str(folder), sync_files=False, overwrite=False)  # a store has nothing to sync
+    return FileSystemWriter(folder, overwrite=False)
+
+
 class SafeReader(FileSystemReader):
-    """DCP's reader of files, with metadata that `read_metadata` has read."""
+    """DCP's reader of files, with metadata that `read_metadata` has read; every item is held against its checksum."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self._metadata = metadata
+        super().__init__(str(folder))
+        self._remote = is_remote(folder)
+        if self._remote:
+            remote = FsspecReader(str(folder))
+            self.fs, self.path = remote.fs, remote.path
+        self._folder, self._metadata = folder, metadata
+        self._names = {_key(info): index.fqn for index, info in metadata.storage_data.items()}
+        self._whole: set[tuple[str, int]] = set()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What the constructor was given; the file is not read again."""
@@ -103,3 +124,32 @@ class SafeReader(FileSystemReader):
             self._metadata.storage_meta = StorageMeta()
         self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        item: Any = _Item(file, sinfo.offset, sinfo.length)
+        if self._remote:
+            item = io.BytesIO(item.read())  # one request in the place of many short ones
+        if _key(sinfo) not in self._whole:
+            if fault := fault_of_item(item):
+                raise DamagedCheckpointError(
+                    f"{self._folder / sinfo.relative_path} is damaged at {self._names[_key(sinfo)]}: {fault}"
+                )
+            self._whole.add(_key(sinfo))
+        item.seek(0)
+        return item
+
+
+class _Item(_ReaderView):
+    """DCP's view of a part of a file, in which one may also seek from the end (a sign is wrong there in torch 2.14)."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """The position in the part."""
+        if whence == os.SEEK_END:
+            offset, whence = self.len + offset, os.SEEK_SET
+        if offset < 0:
+            raise ValueError("it refers to bytes before its beginning")
+        return super().seek(offset, whence) - self.offset
+
+
+def _key(info: _StorageInfo) -> tuple[str, int]:
+    return info.relative_path, info.offset

@@ -7,6 +7,7 @@ them, and kept as plain numbers; whatever does not look so goes through the read
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from array import array
@@ -96,6 +97,18 @@ def read_dcp_metadata(path: Path) -> DcpMetadata:
         ) from error
     except OSError as error:
         raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    except PickleError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({error})") from error
+
+
+def parse_dcp_metadata(path: Path, data: bytes) -> DcpMetadata:
+    """The same from the file's bytes; `path` is for the messages.
+
+    Raises:
+        DamagedCheckpointError: it says anything that DCP does not write.
+    """
+    try:
+        return _Reader(path, io.BytesIO(data).read, len(data)).read_all()
     except PickleError as error:
         raise DamagedCheckpointError(f"{path} cannot be read ({error})") from error
 

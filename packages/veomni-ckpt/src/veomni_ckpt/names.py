@@ -36,6 +36,12 @@ def named_tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, tor
             yield from named_tensors(child, f"{prefix}{name}.")
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    """The parameters that do not learn; one that is tied counts under each of its names."""
+    tensors = named_tensors(model)
+    return {name for name, tensor in tensors if isinstance(tensor, nn.Parameter) and not tensor.requires_grad}
+
+
 def reshard(model: nn.Module) -> None:
     """Put FSDP2 parameters back in their sharded form: a forward pass without backward leaves the root gathered."""
     for module in model.modules():

@@ -52,11 +52,29 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors
     return tensors, {"param_groups": groups, "state": plain}
 
 
-def match_groups(model: nn.Module, optimizer: torch.optim.Optimizer, document: Document) -> list[dict[str, Any]]:
+def join(documents: list[Document]) -> Document:
+    """One document of several optimizers, each of which holds other parameters; of what several hold, the first's."""
+    groups: list[dict[str, Any]] = []
+    state: dict[str, dict[str, Any]] = {}
+    known: set[str] = set()
+    for document in documents:
+        for group in document["param_groups"]:
+            groups.append({**group, "params": [name for name in group["params"] if name not in known]})
+        known |= {name for group in document["param_groups"] for name in group["params"]}
+        state = {**document["state"], **state}
+    return {"param_groups": groups, "state": state}
+
+
+def match_groups(
+    model: nn.Module, optimizer: torch.optim.Optimizer, document: Document
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The saved hyperparameters for each of the optimizer's param groups, however they were grouped when saved.
 
+    Returns:
+        One dict for each group; and the parameters that were saved and this optimizer does not hold.
+
     Raises:
-        CheckpointError: the two optimizers hold different parameters, or a group would get two values of one
+        CheckpointError: one of the optimizer's parameters was not saved, or a group would get two values of one
             hyperparameter.
     """
     groups = _named_groups(model, optimizer)
@@ -64,9 +82,6 @@ def match_groups(model: nn.Module, optimizer: torch.optim.Optimizer, document: D
     ours = [name for group in groups for name in group["params"]]
     if missing := [name for name in ours if name not in saved]:
         raise CheckpointError(f"no optimizer state was saved for {some(missing)}")
-    if unexpected := sorted(saved.keys() - set(ours)):
-        raise CheckpointError(f"optimizer state was saved for {some(unexpected)}, which this optimizer does not hold")
-
     matched = []
     for number, group in enumerate(groups):
         sources = [{key: value for key, value in saved[name].items() if key != "params"} for name in group["params"]]
@@ -78,7 +93,7 @@ def match_groups(model: nn.Module, optimizer: torch.optim.Optimizer, document: D
                     f"{group['params'][0]} and {name} were in different groups"
                 )
         matched.append(first)
-    return matched
+    return matched, sorted(saved.keys() - set(ours))
 
 
 def allocate(model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metadata) -> Tensors:
@@ -90,7 +105,9 @@ def allocate(model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metad
         CheckpointError: a saved state has another shape than its sharded parameter, and the optimizer, which has not
             stepped, cannot show how that is laid out.
     """
-    saved = {path[2:]: metadata.state_dict_metadata[key] for key, path in _state_entries(metadata)}
+    own = {name for group in _named_groups(model, optimizer) for name in group["params"]}
+    entries = metadata.state_dict_metadata
+    saved = {path[2:]: entries[key] for key, path in _state_entries(metadata) if path[2] in own}
     targets: Tensors = {}
     if is_fsdp1(model):
         if saved:
@@ -138,8 +155,10 @@ def restore(
 ) -> None:
     """Give the optimizer exactly the saved state: tensors, plain values and hyperparameters. A collective for FSDP1."""
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in tensors.items()}
+    own = {name for group in _named_groups(model, optimizer) for name in group["params"]}
     for name, values in document["state"].items():
-        state.setdefault(name, {}).update(values)
+        if name in own:
+            state.setdefault(name, {}).update(values)
     if is_fsdp1(model) and state:
         groups = _named_groups(model, optimizer)
         # not strict: a parameter that never had a gradient has no state

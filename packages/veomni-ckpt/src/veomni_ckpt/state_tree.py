@@ -1,20 +1,24 @@
-"""Nested values and tensors on disk as JSON and safetensors: nothing in these files can run."""
+"""Nested values and tensors as JSON and safetensors: nothing in these files can run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch.distributed.tensor import DTensor
 
-from veomni_ckpt.errors import CheckpointError, DamagedCheckpointError
+from veomni_ckpt.errors import CheckpointError
 
 Place = list[str | int]  # keys and indices that lead from the root to a value
+
+
+class StateTreeError(ValueError):
+    """Files are not those that `to_files` makes."""
 
 
 @dataclass
@@ -64,33 +68,26 @@ def encode(value: Any, name: str) -> StateTree:
     return tree
 
 
-def write(tree: StateTree, folder: Path, name: str) -> None:
-    """Write `name.json` and `name.safetensors` into `folder`."""
+def to_files(tree: StateTree, name: str) -> dict[str, bytes]:
+    """The contents of `name.json` and `name.safetensors`."""
     places = {"tensors": tree.tensor_places, "tuples": tree.tuple_places}
-    (folder / f"{name}.json").write_text(json.dumps({"value": tree.value, **places}), encoding="utf-8")
-    save_file(tree.tensors, folder / f"{name}.safetensors")
+    document = json.dumps({"value": tree.value, **places}).encode()
+    return {f"{name}.json": document, f"{name}.safetensors": save(tree.tensors)}
 
 
-def read(folder: Path, name: str) -> Any:
-    """What `encode` was given, from the two files that `write` wrote.
+def from_files(content: Callable[[str], bytes], name: str) -> Any:
+    """What `encode` was given, from the two files of `to_files`, which `content` reads.
 
     Raises:
-        DamagedCheckpointError: a file is missing, truncated, or not of this form.
+        StateTreeError: they are not of this form.
     """
-    text_file, tensor_file = folder / f"{name}.json", folder / f"{name}.safetensors"
     try:
-        document = json.loads(text_file.read_text(encoding="utf-8"))
+        document = json.loads(content(f"{name}.json"))
         # a holder above the root, so that the root itself can be replaced like any other value
         holder = [document["value"]]
         tensor_places: dict[str, Place] = document["tensors"]
         tuple_places: list[Place] = document["tuples"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{text_file} cannot be read ({error})") from error
-    try:
-        tensors = load_file(tensor_file)
-    except (OSError, SafetensorError) as error:
-        raise DamagedCheckpointError(f"{tensor_file} cannot be read ({error})") from error
-    try:
+        tensors = load(content(f"{name}.safetensors"))
         for key, place in tensor_places.items():
             parent, last = _parent(holder, place)
             parent[last] = tensors[key]
@@ -98,8 +95,8 @@ def read(folder: Path, name: str) -> Any:
         for place in reversed(tuple_places):
             parent, last = _parent(holder, place)
             parent[last] = tuple(parent[last])
-    except (KeyError, IndexError, TypeError) as error:
-        raise DamagedCheckpointError(f"{text_file} and {tensor_file.name} do not belong together") from error
+    except (ValueError, KeyError, IndexError, TypeError, SafetensorError) as error:
+        raise StateTreeError(str(error)) from error
     return holder[0]
 
 
