@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
-from veomni_data import DataError, build_dataset
+from veomni_data import DataError, build_dataloader, build_dataset, read_ledger
 from veomni_data.multisource import Interleaved, Mixture, Phase, choose
 
 SCHEDULE = "schedule:\n  - schedule_type: const\n    weights: [0.25, 0.75]\n"
@@ -255,3 +256,38 @@ def test_a_mixture_stands_alone_and_must_be_there(folder: Path) -> None:
         build_dataset([mix(folder), folder / "a.jsonl"])
     with pytest.raises(DataError, match=r"none\.yaml cannot be read"):
         build_dataset(folder / "none.yaml")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_loader_says_of_which_source_and_row_the_samples_of_the_last_step_are(folder: Path, packing: bool) -> None:
+    def transform(row: Any) -> dict[str, Any]:
+        ids = [ord(row.source), *range(1, 1 + int(row["text"][1:]) % 7)]
+        return {"input_ids": ids, "labels": ids}
+
+    dataset = build_dataset(mix(folder), transform=transform)
+    loader = build_dataloader(
+        dataset, dp_rank=0, dp_size=1, micro_batch_size=2, global_batch_size=4, max_seq_len=16, packing=packing
+    )
+    step = next(iter(loader))
+    for batch, sources, places in zip(step, loader.given_sources(), loader.given_places(), strict=True):
+        if packing:
+            ends = batch["cu_seq_lens_q"].tolist()
+            samples = [batch["input_ids"][0, a:b] for a, b in pairwise(ends)]
+        else:
+            samples = [ids[mask == 1] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        assert [(chr(ids[0]), len(ids)) for ids in samples] == sources
+        for ids, place in zip(samples, places, strict=True):
+            file, line = place.rsplit(":", 1)
+            assert (Path(file).stem, (int(line) - 1) % 7) == (chr(ids[0]), len(ids) - 1)
+
+
+def test_a_ledger_is_written_in_the_midst_of_a_step_if_asked(folder: Path, tmp_path: Path) -> None:
+    dataset = build_dataset(folder / "a.jsonl", transform=lambda row: {"input_ids": [1], "labels": [1]})
+    options: dict[str, Any] = {"micro_batch_size": 1, "global_batch_size": 1, "max_seq_len": 4}
+    loader = build_dataloader(dataset, dp_rank=0, dp_size=1, ledger=tmp_path / "ledger", **options)
+    steps = iter(loader)
+    next(steps)
+    with pytest.raises(DataError, match="no steps"):
+        read_ledger(tmp_path / "ledger").find(1, 0)
+    loader.write_ledger()
+    assert len(read_ledger(tmp_path / "ledger").find(1, 0)[1].rows) == 1

@@ -66,6 +66,14 @@ def test_a_packed_row_is_its_samples_alone(way: str) -> None:
     assert worst(gradients, wanted)[0] <= 1e-5
 
 
+def test_the_parts_of_the_loss_add_up_to_it_and_carry_no_gradient() -> None:
+    data, model = samples(), build("flow")
+    out = model(**pack(data), num_items_in_batch=7, noise_seed=SEED)
+    assert all(float(part) > 0 for part in out.losses.values())
+    assert {name: part.requires_grad for name, part in out.losses.items()} == {"text": False, "pictures": False}
+    assert float(sum(out.losses.values())) == pytest.approx(out.loss.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("way", DECODERS)
 def test_without_the_number_of_targets_the_loss_is_the_mean_over_them(way: str) -> None:
     data, model = samples(), build(way)

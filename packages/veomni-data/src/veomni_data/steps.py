@@ -21,7 +21,7 @@ from .errors import DataError
 from .feeding import Feeder
 from .lane import Plan
 from .ledger import LedgerWriter, packed_key
-from .rows import Row, example_key
+from .rows import Item, Row, example_key
 from .shards import Paused, ShardState, VirtualShard, fresh_state
 from .skips import skips_sentence, too_many, write_skips
 
@@ -86,6 +86,7 @@ class DataLoader:
         self._failed = False  # in the midst of a step
         self._out: list[list[Any]] = []  # what was skipped or dropped since the last line of the ledger
         self._last_fault: str | None = None
+        self._given: list[list[Item]] = []  # the samples of each micro-batch of the last step
         self._ledger: LedgerWriter | None = None
         if ledger is not None:
             self._ledger = LedgerWriter(
@@ -120,6 +121,8 @@ class DataLoader:
             for shard in shards:
                 shard.step = self._step
             batches = self._batches(rows)
+            micro_batches = (rows[start : start + self._micro_batch_size] for start in self._starts())
+            self._given = [[item for _, row in each for item in row or ()] for each in micro_batches]
             self._note([[shard, [packed_key(item.key) for item in row or ()]] for shard, row in rows])
             self._feeder.end_step(sum(len(row or ()) for _, row in rows))
             self._failed = False
@@ -206,6 +209,19 @@ class DataLoader:
         self._step = self._start_step = states[0]["step"]
         self._start, self._steps, self._shards = shards, None, None
         self._failed, self._out = False, []
+
+    def given_sources(self) -> list[list[tuple[str, int]]]:
+        """The name of the source and the tokens of each sample of each micro-batch of the last step, in their order."""
+        return [[(self._plan.sources[item.source].name, item.tokens) for item in each] for each in self._given]
+
+    def given_places(self) -> list[list[str]]:
+        """The file and line (or the number) of each sample of each micro-batch of the last step, in their order."""
+        return [[self._plan.sources[item.source].place(item.ref) for item in each] for each in self._given]
+
+    def write_ledger(self) -> None:
+        """Write what the ledger has noted of the last step now, for a process that is about to end in its midst."""
+        if self._ledger is not None:
+            self._ledger.commit()
 
     def counts(self) -> dict[str, Any]:
         """What became of the examples of this rank's parts of the data since the run began, resumed runs included.

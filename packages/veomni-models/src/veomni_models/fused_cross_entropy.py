@@ -28,6 +28,7 @@ def fused_linear_cross_entropy(
     pointwise: Pointwise | None = None,
     z_loss: float = 0.0,
     group: dist.ProcessGroup | None = None,
+    keep_rows: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """`cross_entropy(pointwise(hidden @ weight.T + bias), labels, reduction="sum") / num_items` in little memory.
 
@@ -44,6 +45,7 @@ def fused_linear_cross_entropy(
         pointwise: applied to the float32 logits, such as `lambda x: 30 * torch.tanh(x / 30)` for a soft-cap.
         z_loss: factor of the sum of squared log-partition functions that is added (PaLM, arXiv 2204.02311, section 5).
         group: ranks that hold the shards of the vocabulary; `hidden` and `labels` are the same on all of them.
+        keep_rows: called with the loss of each row, [T] float32, 0 where nothing is learnt.
 
     Returns:
         The loss, a float32 scalar; 0 (with gradients of zero) if nothing is to be learnt.
@@ -57,8 +59,12 @@ def fused_linear_cross_entropy(
             f"[T, H], [V, H] and [T]"
         )
     kept = labels != IGNORED
-    args = (hidden[kept], weight, bias, labels[kept], pointwise, z_loss, group)
+    chosen = hidden[kept]
+    rows = chosen.new_zeros(len(chosen), dtype=torch.float32) if keep_rows else None
+    args = (chosen, weight, bias, labels[kept], pointwise, z_loss, group, rows)
     total: Tensor = _LinearCrossEntropy.apply(*args)
+    if keep_rows is not None and rows is not None:
+        keep_rows(rows.new_zeros(len(labels)).masked_scatter_(kept, rows))
     return total / num_items
 
 
@@ -80,6 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         pointwise: Pointwise | None,
         z_loss: float,
         group: dist.ProcessGroup | None,
+        losses: Tensor | None,
     ) -> Tensor:
         first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -92,7 +99,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = hidden[at : at + rows]
             logits = torch.nn.functional.linear(part, weight, bias).float()
             loss, grad = _loss_and_gradient(logits, labels[at : at + rows] - first, pointwise, z_loss, group)
-            total += loss
+            total += loss.sum()
+            if losses is not None:
+                losses[at : at + rows] = loss
             grad = grad.to(part.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight.to(part.dtype), out=grad_hidden[at : at + rows])
@@ -118,14 +127,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden * factor,
             None if grad_weight is None else (grad_weight * factor).to(weight_dtype),
             None if grad_bias is None else (grad_bias * factor).to(bias_dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
 def _loss_and_gradient(
     logits: Tensor, labels: Tensor, pointwise: Pointwise | None, z_loss: float, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of rows [N, V], and its gradient for the logits before `pointwise`; `logits` is used up."""
+    """The loss of each row of [N, V], and their sum's gradient for the logits before `pointwise`; uses `logits` up."""
     before = after = logits
     if pointwise is not None:
         with torch.enable_grad():
@@ -146,7 +155,7 @@ def _loss_and_gradient(
         targets, sums = both
     logs = sums.log()
     partition = logs + top.squeeze(-1)  # log of the sum of exponentials
-    loss = (logs - targets + z_loss * partition.square()).sum()
+    loss = logs - targets + z_loss * partition.square()
     factors = (1 + 2 * z_loss * partition) / sums
     gradient = exponentials.mul_(factors[:, None])
     gradient.scatter_add_(-1, places, -mine.to(gradient.dtype)[:, None])
@@ -198,6 +207,7 @@ def use_fused_loss(model: nn.Module, *, z_loss: float = 0.0, group: dist.Process
         num_items_in_batch: int | Tensor | None = None,
         ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None,
+        keep_rows: Callable[[Tensor], None] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if shift_labels is None:
@@ -214,8 +224,10 @@ def use_fused_loss(model: nn.Module, *, z_loss: float = 0.0, group: dist.Process
             pointwise=logits.pointwise,
             z_loss=z_loss,
             group=group,
+            keep_rows=keep_rows,
         )
 
+    loss.keeps_rows = True  # type: ignore[attr-defined]
     head.forward = forward
     model.loss_function = loss
     model.register_forward_pre_hook(before, with_kwargs=True)

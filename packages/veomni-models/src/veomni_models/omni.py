@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from veomni_models.decoders import (
     build_decoder,
@@ -38,6 +39,13 @@ from veomni_models.projectors import build_projector, merge_neighbours
 from veomni_models.towers import BATCH_KEYS, build_tower, kind_of, tower_class
 
 _INPUTS = [key for modality in MODALITIES for key in BATCH_KEYS[modality]]
+
+
+@dataclass
+class OmniOutput(MoeCausalLMOutputWithPast):
+    """The foundation's output with the parts of its loss, without gradients: they add up to `loss`."""
+
+    losses: dict[str, Tensor] | None = None
 
 
 class OmniModel(PreTrainedModel, GenerationMixin):
@@ -152,7 +160,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         target_pixel_values: Tensor | None = None,
         noise_seed: int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | OmniOutput:
         """Run encoders, put their features in place of placeholder tokens, run the foundation and decoders.
 
         Args:
@@ -171,7 +179,8 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             noise_seed: with it, the noise by which a picture is learnt depends on this number and the picture alone.
 
         Returns:
-            The foundation's output: `loss`, `logits`, `past_key_values`.
+            The foundation's output: `loss`, `logits`, `past_key_values`; in training with a continuous decoder an
+            `OmniOutput`, whose `losses` are the loss of the text and that of the pictures.
 
         Raises:
             ValueError: the number of placeholders is not the number of features.
@@ -200,7 +209,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
                 audio_lengths=audio_lengths,
             )
         with last_states(self, wanted=flow) as states:
-            out: CausalLMOutputWithPast = self.foundation(
+            out: Any = self.foundation(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -209,8 +218,11 @@ class OmniModel(PreTrainedModel, GenerationMixin):
                 **kwargs,
             )
         if places is not None and (target_pixel_values is not None or self.training):
-            loss = self._flow_loss(states[0], places, target_pixel_values, noise_seed)
-            out.loss = out.loss + loss / kwargs["num_items_in_batch"]
+            loss = self._flow_loss(states[0], places, target_pixel_values, noise_seed) / kwargs["num_items_in_batch"]
+            parts = {"text": out.loss.detach(), "pictures": loss.detach()}
+            known = {field.name for field in fields(OmniOutput)}
+            kept = {key: value for key, value in out.items() if key in known}
+            out = OmniOutput(**(kept | {"loss": out.loss + loss, "losses": parts}))
         return out
 
     def embed(self, input_ids: Tensor | None, **media: Tensor | None) -> Tensor:
