@@ -37,15 +37,22 @@ class Progress:
     def __post_init__(self) -> None:
         self._began = self._last = time.monotonic()
         self._new_tokens = 0
+        self.data_wait = 0.0
 
     def steps(self, loader: DataLoader, limit: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step that is left of this epoch, of which `limit` steps count."""
+        """The micro-batches of each step that is left of this epoch, of which `limit` steps count.
+
+        `data_wait` is the seconds that it took the loader to have those of the present step.
+        """
         if self.epoch_step < limit:
+            asked = time.monotonic()
             for micro_batches in loader:
+                self.data_wait = time.monotonic() - asked
                 self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
                 yield micro_batches
                 if self.epoch_step >= limit:
                     break
+                asked = time.monotonic()
 
     def end_epoch(self, loader: DataLoader) -> None:
         """The next epoch is on."""
