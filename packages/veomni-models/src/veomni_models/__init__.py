@@ -15,7 +15,7 @@ from veomni_models.drawing import DrawingOptions, Reply, drawing_options, reply
 from veomni_models.errors import ModelError
 from veomni_models.flops import flops_per_step, mfu
 from veomni_models.flow_decoder import FlowDecoder
-from veomni_models.foundation import build_foundation_model, build_processor, build_tokenizer
+from veomni_models.foundation import build_foundation_model, build_processor, build_tokenizer, load_config
 from veomni_models.fused_cross_entropy import fused_linear_cross_entropy, use_fused_loss
 from veomni_models.initialization import copy_weights, initialize_weights
 from veomni_models.log_probs import fused_linear_log_probs, sum_by_sample
@@ -68,6 +68,7 @@ __all__ = [
     "initialize_adapters",
     "initialize_weights",
     "is_omni_folder",
+    "load_config",
     "load_decoders",
     "load_encoders",
     "merge_adapters",

@@ -10,6 +10,7 @@ from pathlib import Path
 from veomni_recipes.launch import USER_ERROR, ends_with_one_sentence, launch
 
 RECIPES = {
+    "train_torch": "veomni_recipes.tasks.train_torch",
     "train_omni_model": "veomni_recipes.tasks.omni.train_omni_model",
     "train_image_tokenizer": "veomni_recipes.tasks.omni.train_image_tokenizer",
 }
@@ -38,10 +39,44 @@ def main(argv: list[str] | None = None) -> int:
         return report_runs(args.runs, args.output)
     if args.command == "ask":
         return ask_model(args.run, args.file, args.question, args.output, args.seed)
-    if args.recipe not in RECIPES and not Path(args.recipe).is_file():
-        print(f"{args.recipe} is neither a recipe ({', '.join(RECIPES)}) nor a script", file=sys.stderr)
-        return USER_ERROR
-    return launch(RECIPES.get(args.recipe, args.recipe), args.arguments)
+    return run_recipe(args.recipe, args.arguments)
+
+
+def run_recipe(recipe: str, arguments: list[str]) -> int:
+    """Train by a recipe of this package, or a script, on all devices of this machine."""
+    module = RECIPES.get(recipe)
+    if module is None:
+        script = Path(recipe)
+        if not script.is_file():
+            print(f"{recipe} is neither a recipe ({', '.join(RECIPES)}) nor a script", file=sys.stderr)
+            return USER_ERROR
+        package = Path(__file__).parent
+        inside = script.resolve().is_relative_to(package)
+        module = _module(script.resolve().relative_to(package.parent)) if inside else recipe
+    if "--smoke" in arguments:
+        arguments = _smoke(Path(recipe).stem, [argument for argument in arguments if argument != "--smoke"])
+        if not arguments:
+            return USER_ERROR
+    return launch(module, arguments)
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts)
+
+
+def _smoke(recipe: str, arguments: list[str]) -> list[str]:
+    """The arguments of a run with a tiny model and data, or nothing, after a sentence, if there can be none."""
+    from veomni_config import ConfigError
+
+    from veomni_recipes.launch import processes
+    from veomni_recipes.smoke import smoke_config
+
+    name = next((Path(argument).stem for argument in arguments if argument.endswith((".yaml", ".yml"))), recipe)
+    try:
+        return [str(smoke_config(recipe, arguments, processes(), Path("outputs/smoke") / name))]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return []
 
 
 def report_runs(runs: list[Path], output: Path) -> int:

@@ -33,12 +33,13 @@ def launch(script: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    processes = os.environ.get("NPROC_PER_NODE") or str(_devices())
-    if not processes.isdigit() or int(processes) < 1:
-        print(f"NPROC_PER_NODE={processes}: how many processes to start must be a number from 1 up", file=sys.stderr)
+    given = os.environ.get("NPROC_PER_NODE") or "1"
+    if not given.isdigit() or int(given) < 1:
+        print(f"NPROC_PER_NODE={given}: how many processes to start must be a number from 1 up", file=sys.stderr)
         return USER_ERROR
+    count = processes()
     os.environ[_LAUNCHED] = str(time.time())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # the agent's own report of a dead process says nothing that the rank's sentence does not say better
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     program = [script] if script.endswith(".py") else ["-m", script]
@@ -47,7 +48,7 @@ def launch(script: str, arguments: Sequence[str]) -> int:
     stopped = Path(tempfile.mkdtemp()) / "stopped"
     os.environ[_STOPPED] = str(stopped)
     try:
-        run(parse_args([*_rendezvous(), "--nproc-per-node", processes, *program, *arguments]))
+        run(parse_args([*_rendezvous(), "--nproc-per-node", str(count), *program, *arguments]))
     except ChildFailedError as failed:
         # the rank that wrote why is the cause, whatever the others met when it went
         rank, failure = min(
@@ -81,9 +82,12 @@ def _rendezvous() -> list[str]:
     return ["--nnodes", nodes, "--node-rank", node, "--master-addr", address, "--master-port", port]
 
 
-def _devices() -> int:
+def processes() -> int:
+    """How many ranks this machine gets: NPROC_PER_NODE, or one for each accelerator, or one."""
     import torch
 
+    if given := os.environ.get("NPROC_PER_NODE"):
+        return int(given)
     return max(1, torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
 
 

@@ -71,8 +71,14 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def say_goodbye(folder: Path, summary: Mapping[str, Any], question: str | None, modalities: Sequence[str]) -> None:
-    """The last lines of a run: how good it became, how long it took, where to look and what to try."""
+def say_goodbye(
+    folder: Path, summary: Mapping[str, Any], question: str | None = None, modalities: Sequence[str] = ()
+) -> None:
+    """The last lines of a run: how good it became, how long it took, where to look and what to try.
+
+    Args:
+        question, modalities: what a model that reads pictures, videos or sounds may be asked, and which of these.
+    """
     scores = {k.removesuffix("_accuracy"): v for k, v in summary.items() if k.endswith("_accuracy")}
     if scores:
         print(
@@ -87,5 +93,8 @@ def say_goodbye(folder: Path, summary: Mapping[str, Any], question: str | None, 
         print(f"model: {folder / 'hf_ckpt'}")
         command = "hatch run ask" if "HATCH_ENV_ACTIVE" in os.environ else "veomni ask"
         question = question or "What is this?"
-        kind = {"image": "picture", "video": "video", "audio": "sound"}[modalities[0]]
-        print(f'ask it about a {kind} of your own: {command} {kind.upper()} "{question}" --run {folder}', flush=True)
+        if modalities:
+            kind = {"image": "picture", "video": "video", "audio": "sound"}[modalities[0]]
+            print(
+                f'ask it about a {kind} of your own: {command} {kind.upper()} "{question}" --run {folder}', flush=True
+            )

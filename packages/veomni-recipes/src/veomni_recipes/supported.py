@@ -1,42 +1,59 @@
-"""Keys of the configuration that a recipe does not act on yet: set to anything but their default, they are refused."""
+"""Keys of the configuration that a recipe does not act on: set to anything but their default, they are refused."""
 
 from __future__ import annotations
 
-from veomni_config import ConfigError, OmniRecipeConfig, Problem
+from collections.abc import Sequence
 
-_NOT_YET = (
+from veomni_config import ConfigError, Problem, RecipeConfig
+
+_NOWHERE = (
+    "train.optimizer",
+    "train.enable_full_determinism",
+    "train.enable_profiling",
+    "train.use_wandb",
+    "train.ep_outside",
+)
+OMNI = (
+    *_NOWHERE,
     "data.data_type",
     "data.generation_ratio",
     "model.input_encoder",
     "model.output_encoder",
     "model.encode_target",
     "model.moe_implementation",
+    "model.lora_config",
     "train.train_architecture",
-    "train.optimizer",
-    "train.enable_reentrant",
-    "train.enable_fsdp_offload",
-    "train.enable_activation_offload",
-    "train.enable_full_determinism",
-    "train.enable_compile",
-    "train.enable_profiling",
+    "train.enable_fused_loss",
     "train.tensor_parallel_size",
     "train.expert_parallel_size",
-    "train.use_wandb",
-    "train.async_enabled",
     "train.save_initial_model",
-    "train.ep_outside",
+)
+TEXT = (
+    *_NOWHERE,
+    "data.eval_path",
+    "data.image_keys",
+    "model.encoders",
+    "model.decoders",
+    "model.input_encoder",
+    "model.output_encoder",
+    "model.encode_target",
+    "train.vit_lr",
 )
 
 
-def refuse_without_effect(cfg: OmniRecipeConfig) -> None:
-    """Raise ConfigError for each key that would be passed over in silence, and for an evaluation without a model."""
+def refuse_without_effect(cfg: RecipeConfig, without: Sequence[str]) -> None:
+    """Raise ConfigError for each key that would be passed over in silence, and for an evaluation without a model.
+
+    Args:
+        without: the keys, such as "train.optimizer", that the recipe does not act on.
+    """
     problems = []
-    for key in _NOT_YET:
+    for key in without:
         section, name = key.split(".")
         values = getattr(cfg, section)
-        default = type(values).model_fields[name].default
+        default = type(values).model_fields[name].get_default(call_default_factory=True)
         if getattr(values, name) != default:
-            text = f"{getattr(values, name)!r} has no effect in this recipe yet; leave it at {default!r}"
+            text = f"{getattr(values, name)!r} has no effect in this recipe; leave it at {default!r}"
             problems.append(Problem(key, text))
     if cfg.data.eval_path and not cfg.train.save_hf_weights:
         text = (
@@ -47,7 +64,7 @@ def refuse_without_effect(cfg: OmniRecipeConfig) -> None:
     if cfg.train.ulysses_parallel_size > 1 and not packed:
         text = "the ranks of a row share it only if it is packed: set train.rmpad to true, or this to 1"
         problems.append(Problem("train.ulysses_parallel_size", text))
-    if cfg.train.freeze_encoder_all and cfg.train.freeze_foundation:
+    if getattr(cfg.train, "freeze_encoder_all", False) and getattr(cfg.train, "freeze_foundation", False):
         text = "together with train.freeze_foundation nothing would learn: set one of them to false"
         problems.append(Problem("train.freeze_encoder_all", text))
     if problems:

@@ -9,11 +9,65 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from veomni_config import OmniDataConfig, OmniRecipeConfig, RecipeConfig
-from veomni_data import DataDescription, DataLoader, Sample, attention_cost
-from veomni_parallel import global_sum
+from veomni_config import BatchPlan, OmniDataConfig, OmniRecipeConfig, RecipeConfig
+from veomni_data import (
+    DataDescription,
+    DataLoader,
+    PackingCollator,
+    PaddingCollator,
+    Sample,
+    attention_cost,
+    build_dataloader,
+)
+from veomni_parallel import ParallelState, global_sum
 
 from veomni_recipes.distributed import gather
+
+SKIPPED = "skipped.jsonl"
+
+
+def build_rows(
+    cfg: RecipeConfig,
+    dataset: Any,
+    state: ParallelState,
+    plan: BatchPlan,
+    *,
+    total_steps: int,
+    hidden_size: int,
+    pad_token_id: int,
+    folder: Path,
+    description: Mapping[str, Any],
+) -> DataLoader:
+    """The loader of this rank's micro-batches, as the configuration asks for them.
+
+    Args:
+        dataset: of samples.
+        total_steps, hidden_size: see `row_options`.
+        folder: of the run, where `ledger/` and `skipped.jsonl` are written.
+        description: of the data, for `veomni-data replay`.
+    """
+    packed = cfg.train.rmpad or cfg.train.rmpad_with_pos_ids
+    return build_dataloader(
+        dataset,
+        dp_rank=state.dp.get_local_rank(),
+        dp_size=state.dp.size(),
+        micro_batch_size=cfg.train.micro_batch_size,
+        global_batch_size=plan.global_batch_size,
+        max_seq_len=cfg.data.max_seq_len,
+        buffer_size=cfg.train.dyn_bsz_buffer_size,
+        num_workers=cfg.data.num_workers,
+        prefetch_factor=cfg.data.prefetch_factor,
+        pin_memory=cfg.data.pin_memory,
+        collate=(PackingCollator if packed else PaddingCollator)(pad_token_id),
+        seed=cfg.train.seed,
+        drop_last=cfg.data.drop_last,
+        group=state.dp.get_group(),
+        max_skipped=cfg.data.max_skipped,
+        skipped_path=folder / SKIPPED,
+        ledger=folder / "ledger",
+        description=description,
+        **row_options(cfg, total_steps, hidden_size),
+    )
 
 
 def media_limits(data: OmniDataConfig) -> dict[str, Any]:
@@ -85,7 +139,7 @@ def source_shares(loader: DataLoader, mesh: DeviceMesh) -> dict[str, dict[str, f
     return {"shares": {name: round(share, 6) for name, share in zip(own, shares, strict=True)}}
 
 
-def left_out(loader: DataLoader, skipped_path: Path) -> tuple[dict[str, int], str]:
+def left_out(loader: DataLoader, folder: Path) -> tuple[dict[str, int], str]:
     """How many samples of the run were broken or too long, by what was the matter, and a sentence about it.
 
     Every rank calls it; the sentence is empty if none was left out.
@@ -98,7 +152,8 @@ def left_out(loader: DataLoader, skipped_path: Path) -> tuple[dict[str, int], st
     if not totals:
         return totals, ""
     listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.items()))
-    named = f" (broken ones are named in {skipped_path})" if skipped_path.exists() else ""
+    skipped = folder / SKIPPED
+    named = f" (broken ones are named in {skipped})" if skipped.exists() else ""
     return totals, f"samples that were broken or longer than a row: {listed}{named}"
 
 

@@ -1,13 +1,30 @@
-"""Which parts of an omni model learn, and which start from weights that somebody trained."""
+"""Which parts of a model learn, which start from weights that somebody trained, and how it is exported."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
-from veomni_ckpt import load_pretrained
-from veomni_config import ConfigError, ModelConfig, OmniTrainConfig, Problem
-from veomni_models import OmniModel, is_omni_folder, load_decoders, load_encoders
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from veomni_ckpt import export_hf, load_pretrained
+from veomni_config import ConfigError, ModelConfig, OmniTrainConfig, Problem, RecipeConfig
+from veomni_models import (
+    OmniModel,
+    has_adapters,
+    initialize_adapters,
+    initialize_weights,
+    is_omni_folder,
+    load_decoders,
+    load_encoders,
+    merge_adapters,
+    save_adapters,
+    without_adapters,
+)
 
+from veomni_recipes.distributed import rank
 from veomni_recipes.optimization import check_globs
 
 
@@ -43,3 +60,34 @@ def load_parts(model: OmniModel, cfg: ModelConfig) -> None:
         load_pretrained(model if is_omni_folder(cfg.model_path) else model.foundation, cfg.model_path)
     load_encoders(model, cfg.encoders)
     load_decoders(model, cfg.decoders)
+
+
+def fill_foundation(model: Any, cfg: RecipeConfig, device: torch.device) -> None:
+    """Give a sharded model from meta its weights, and adapters their first values.
+
+    Weights come from `model.model_path`, or are drawn; one that was built elsewhere than on meta has them already.
+    """
+    if cfg.train.init_device == "meta":
+        with without_adapters(model):
+            initialize_weights(model, cfg.train.seed, device)
+            if cfg.model.model_path is not None:
+                load_pretrained(model, cfg.model.model_path)
+    if has_adapters(model):
+        initialize_adapters(_unwrapped(model), cfg.train.seed, device)
+
+
+def export(model: Any, folder: Path, cfg: RecipeConfig, assets: Sequence[Any]) -> None:
+    """Write `hf_ckpt/` into the folder of a run; of a model with adapters, these in `adapter/` and it with them merged.
+
+    Args:
+        assets: what else belongs to the model: see `export_hf`.
+    """
+    if has_adapters(model):
+        save_adapters(_unwrapped(model), folder / "adapter", base=cfg.model.model_path, write=rank() == 0)
+        merge_adapters(model)
+    with without_adapters(model):
+        export_hf(model, folder / "hf_ckpt", assets=assets)
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model

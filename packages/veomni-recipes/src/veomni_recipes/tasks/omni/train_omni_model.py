@@ -19,9 +19,6 @@ from veomni_ckpt import CheckpointError, CheckpointManager, StopSignals, export_
 from veomni_config import ConfigError, OmniRecipeConfig, dump_config, parse_args
 from veomni_data import (
     DataError,
-    PackingCollator,
-    PaddingCollator,
-    build_dataloader,
     build_dataset,
     encode_multimodal_sample,
     get_chat_template,
@@ -37,9 +34,7 @@ from veomni_parallel import (
     count_targets,
     global_sum,
     gradient_sync,
-    init_parallel_state,
     loss_scale,
-    seed_ranks,
 )
 
 from veomni_recipes.charts import draw_answers, draw_loss
@@ -47,11 +42,12 @@ from veomni_recipes.data_checks import check_rows, sizes_that_differ
 from veomni_recipes.distributed import barrier, gather, init_distributed, rank, to_device, world_size
 from veomni_recipes.evaluation import accuracies, answer_held_out, pictures_to_draw, prompt_options
 from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
+from veomni_recipes.layout import offloading, parallel_state, wrapping
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
 from veomni_recipes.progress import Display, Progress, count_tokens
 from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json, write_json_lines
-from veomni_recipes.supported import refuse_without_effect
-from veomni_recipes.training_data import describe_data, left_out, media_limits, row_options, source_shares
+from veomni_recipes.supported import OMNI, refuse_without_effect
+from veomni_recipes.training_data import build_rows, describe_data, left_out, media_limits, source_shares
 from veomni_recipes.weights import freeze_parts, learning_rates, load_parts
 
 
@@ -59,7 +55,7 @@ from veomni_recipes.weights import freeze_parts, learning_rates, load_parts
 def main(argv: list[str] | None = None) -> None:
     """Train, export, and answer the held-out questions."""
     cfg = parse_args(OmniRecipeConfig, argv)
-    refuse_without_effect(cfg)
+    refuse_without_effect(cfg, OMNI)
     device = init_distributed()
 
     # data: conversations -> samples -> the packed micro-batches of one optimizer step
@@ -100,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = cfg.batch_plan(world_size(), samples)
     steps_per_epoch = cfg.compute_train_steps(world_size(), samples)
     total_steps = steps_per_epoch * cfg.train.num_train_epochs
-    state = init_parallel_state(plan.dp_replicate, plan.dp_shard, cfg.train.ulysses_parallel_size, device.type)
-    seed_ranks(cfg.train.seed, state)  # of dropout; weights and data have generators of their own
+    state = parallel_state(cfg.train, plan, device)
 
     # model: meta -> sharded -> weights, so that no rank ever holds all of it; or with its weights, then sharded
     on_meta = cfg.train.init_device == "meta"
@@ -123,12 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     model = build_parallelize_model(
         model,
         state,
-        mode=cfg.train.data_parallel_mode,
         plan=ParallelPlan(shard_units=[*plan_for(model)["shard_units"], *cfg.model.basic_modules]),
-        mixed_precision="bf16" if cfg.train.enable_mixed_precision else None,
-        reshard_after_forward=cfg.train.enable_full_shard,
-        activation_checkpointing="full" if cfg.train.enable_gradient_checkpointing else None,
-        forward_prefetch=cfg.train.enable_forward_prefetch,
+        **wrapping(cfg.train),
     )
     if on_meta:
         initialize_weights(model, cfg.train.seed, device)
@@ -145,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # the run folder: a run that goes on finds its place in it
     folder, first, resume_from = cfg.train.output_dir, rank() == 0, cfg.train.load_checkpoint_path
-    assets, skipped = folder / "model_assets", folder / "skipped.jsonl"
+    assets = folder / "model_assets"
     if first:
         open_run_folder(folder, resume=resume_from is not None)
         dump_config(cfg, folder / "config.yaml")
@@ -153,28 +144,17 @@ def main(argv: list[str] | None = None) -> None:
     barrier()
 
     # rows of samples, each of which is written down in the ledger
-    collator = PackingCollator if cfg.train.rmpad or cfg.train.rmpad_with_pos_ids else PaddingCollator
     pad_token_id = processor.tokenizer.pad_token_id
-    loader = build_dataloader(
+    loader = build_rows(
+        cfg,
         train_data,
-        dp_rank=state.dp.get_local_rank(),
-        dp_size=state.dp.size(),
-        micro_batch_size=cfg.train.micro_batch_size,
-        global_batch_size=plan.global_batch_size,
-        max_seq_len=cfg.data.max_seq_len,
-        buffer_size=cfg.train.dyn_bsz_buffer_size,
-        num_workers=cfg.data.num_workers,
-        prefetch_factor=cfg.data.prefetch_factor,
-        pin_memory=cfg.data.pin_memory,
-        collate=collator(pad_token_id),
-        seed=cfg.train.seed,
-        drop_last=cfg.data.drop_last,
-        group=state.dp.get_group(),
-        max_skipped=cfg.data.max_skipped,
-        skipped_path=skipped,
-        ledger=folder / "ledger",
+        state,
+        plan,
+        total_steps=total_steps,
+        hidden_size=hidden_size,
+        pad_token_id=pad_token_id,
+        folder=folder,
         description=describe_data(cfg, assets, pad_token_id),
-        **row_options(cfg, total_steps, hidden_size),
     )
     stop, stopped = StopSignals().listen(), False
     checkpoints = CheckpointManager(folder / "checkpoints", async_save=cfg.train.save_async)
@@ -204,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
                 batch = slice_for_sequence_parallel(
                     to_device(batch, device), state.sp.get_local_rank(), state.sp.size(), pad_token_id=pad_token_id
                 )
-                with gradient_sync(model, enabled=i == len(micro_batches) - 1):
+                with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
                     part = model(**batch, num_items_in_batch=targets, noise_seed=noise_seed, use_cache=False).loss
                     (part * loss_scale(state)).backward()
                 loss += part.detach()
@@ -243,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     if progress.step < total_steps:
         size = progress.tokens // progress.epoch
         display.say(f"the data ended after {progress.step} of {total_steps} steps: set data.train_size to {size}")
-    lost, sentence = left_out(loader, skipped)
+    lost, sentence = left_out(loader, folder)
     display.say(sentence)
     display.close()
     trained = seconds_since_launch()

@@ -1,0 +1,169 @@
+"""`--smoke`: any configuration on any machine in seconds, with a tiny random model of its architecture and real data.
+
+What is tried is the configuration's own: architecture, kind of data, wrapper, parallelism (as far as the processes
+divide it), optimizer, adapters. Sizes, paths and the number of steps are not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from veomni_config import ConfigError, OmniRecipeConfig, Problem, RecipeConfig, dump_config, parse_args
+
+ARCHITECTURES = {
+    "Qwen/Qwen3-8B": "qwen3",
+    "Qwen/Qwen3-8B-Base": "qwen3",
+}
+"""Model types of the folders that shipped configurations name, which are not on this machine."""
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+SPECIAL += ["<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
+_CLASSES = {"train_omni_model": OmniRecipeConfig}
+_STEPS = {"max_steps": 3, "save_steps": 2, "micro_batch_size": 1, "data_parallel_replicate_size": -1}
+_STEPS |= {"data_parallel_shard_size": -1, "dyn_bsz_margin": 0, "bsz_warmup_ratio": 0.0, "save_epochs": 0}
+_SPLITTING = ("ulysses_parallel_size", "tensor_parallel_size")
+
+
+def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path) -> Path:
+    """Write a tiny model, data and the changed configuration into the folder; returns the configuration's file.
+
+    Args:
+        recipe: its name, such as "train_torch".
+        argv: a YAML file and overrides, whose `train` keys stay as they are given.
+        processes: how many ranks will run it.
+        folder: made if it is not there.
+
+    Raises:
+        ConfigError: the configuration is wrong, or does not say of which architecture the model is.
+    """
+    cfg = parse_args(_CLASSES.get(recipe, RecipeConfig), list(argv))
+    folder.mkdir(parents=True, exist_ok=True)
+    model, data = folder / "model", folder / "data.jsonl"
+    tokenizer = tiny_tokenizer(_texts())
+    _tiny_model(cfg, len(tokenizer)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    write = _write_texts if cfg.data.data_type == "plaintext" else _write_conversations
+    write(data, cfg.data.text_keys)
+    return write_config(
+        cfg,
+        argv,
+        processes,
+        folder,
+        model={"model_path": str(model), "config_path": None, "tokenizer_path": None, "foundation": {}},
+        data={"train_path": str(data), "max_seq_len": 256, "train_size": 100_000},
+    )
+
+
+def write_config(
+    cfg: RecipeConfig,
+    argv: Sequence[str],
+    processes: int,
+    folder: Path,
+    *,
+    model: Mapping[str, Any] = {},
+    data: Mapping[str, Any] = {},
+) -> Path:
+    """The configuration with other values for these keys, few steps, and sizes that `processes` ranks divide."""
+    path = folder / "run.yaml"
+    dump_config(cfg, path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given = {argument.removeprefix("--").split("=")[0] for argument in argv if argument.startswith("--")}
+    train = {**_STEPS, "output_dir": str(folder / "run"), **_parallel_sizes(cfg, processes)}
+    data = {**data, "num_workers": 0, "eval_path": None}
+    for section, changes in {"model": model, "data": data, "train": train}.items():
+        values[section] |= {key: value for key, value in changes.items() if f"{section}.{key}" not in given}
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _parallel_sizes(cfg: RecipeConfig, processes: int) -> dict[str, int]:
+    left, sizes = processes, {}
+    for key in _SPLITTING:
+        sizes[key] = left if getattr(cfg.train, key) > 1 else 1
+        left //= sizes[key]
+    sizes["expert_parallel_size"] = processes if cfg.train.expert_parallel_size > 1 else 1
+    sizes["global_batch_size"] = 2 * left
+    return sizes
+
+
+def architecture(cfg: RecipeConfig) -> str:
+    """The model type that a configuration is about.
+
+    Raises:
+        ConfigError: it does not say.
+    """
+    if kind := cfg.model.foundation.get("model_type"):
+        return str(kind)
+    for path in (cfg.model.config_path, cfg.model.model_path):
+        if path in ARCHITECTURES:
+            return ARCHITECTURES[path]
+        if path is not None and (file := Path(path) / "config.json").is_file():
+            return str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+    text = f"{cfg.model.model_path} is not here, so --smoke cannot know its architecture: set it to a local folder"
+    raise ConfigError([Problem("model.model_path", text)])
+
+
+def _tiny_model(cfg: RecipeConfig, vocabulary: int) -> Any:
+    from transformers import CONFIG_MAPPING
+    from veomni_models import build_foundation_model, load_config, tiny_config
+
+    kind = architecture(cfg)
+    keys = {key: value for key, value in cfg.model.foundation.items() if key != "model_type"}
+    config = tiny_config(load_config(None, {"model_type": kind, **keys}) if keys else CONFIG_MAPPING[kind]())
+    text = config.get_text_config()
+    text.vocab_size = vocabulary
+    text.max_position_embeddings = 2048
+    for key, value in keys.items():  # what is a choice and no size stays
+        if isinstance(value, bool | str):
+            setattr(config, key, value)
+    return build_foundation_model(config, init_device="cpu")
+
+
+def tiny_tokenizer(texts: Sequence[str], size: int = 1000) -> Any:
+    """A byte-level BPE tokenizer of some texts, with the special tokens and chat layout of Qwen models."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    from veomni_data import get_chat_template
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL[1:],
+    )
+    fast.chat_template = get_chat_template("chatml", fast).source
+    return fast
+
+
+def _texts() -> list[str]:
+    """Python's own documentation of its language: half a megabyte of text that is on every machine."""
+    from pydoc_data.topics import topics
+
+    return [part for text in topics.values() for part in text.split("\n\n\n")]
+
+
+def _write_texts(path: Path, key: str | None) -> None:
+    path.write_text("".join(json.dumps({key or "text": text}) + "\n" for text in _texts()), encoding="utf-8")
+
+
+def _write_conversations(path: Path, key: str | None) -> None:
+    from pydoc_data.topics import topics
+
+    lines = []
+    for name, text in topics.items():
+        for part in text.split("\n\n")[:12]:
+            question = {"role": "user", "content": f"What does the documentation say about {name}?"}
+            lines.append({key or "messages": [question, {"role": "assistant", "content": part[:500] or name}]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

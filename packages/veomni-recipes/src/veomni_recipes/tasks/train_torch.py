@@ -1,0 +1,218 @@
+"""Train a language model on plain text or on conversations: pre-training, continued pre-training, fine-tuning, LoRA.
+
+    torchrun --nproc-per-node 2 -m veomni_recipes.tasks.train_torch run.yaml --train.lr 1e-4
+
+Read it from top to bottom: what it calls is a function of one of the five libraries or of a small module of this
+package. To change something, copy the file (it runs from anywhere) and change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+import torch
+from veomni_ckpt import CheckpointError, CheckpointManager, StopSignals
+from veomni_config import ConfigError, RecipeConfig, dump_config, parse_args
+from veomni_data import DataError, build_dataset, slice_for_sequence_parallel
+from veomni_models import (
+    ModelError,
+    add_adapters,
+    build_foundation_model,
+    build_tokenizer,
+    plan_for,
+    use_fused_loss,
+)
+from veomni_parallel import (
+    ParallelError,
+    ParallelPlan,
+    build_parallelize_model,
+    clip_grad_norm_,
+    count_targets,
+    global_sum,
+    gradient_sync,
+    loss_scale,
+)
+
+from veomni_recipes.charts import draw_loss
+from veomni_recipes.data_checks import sizes_that_differ
+from veomni_recipes.distributed import barrier, init_distributed, rank, to_device, world_size
+from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
+from veomni_recipes.layout import offloading, parallel_state, wrapping
+from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
+from veomni_recipes.progress import Display, Progress, count_tokens
+from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json
+from veomni_recipes.supported import TEXT, refuse_without_effect
+from veomni_recipes.text_data import describe_text, text_transform
+from veomni_recipes.training_data import build_rows, left_out, source_shares
+from veomni_recipes.weights import export, fill_foundation
+
+
+@ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError)
+def main(argv: list[str] | None = None) -> None:
+    """Train, and export."""
+    cfg = parse_args(RecipeConfig, argv)
+    refuse_without_effect(cfg, TEXT)
+    device = init_distributed()
+
+    # data: texts or conversations -> samples -> the packed micro-batches of one optimizer step
+    tokenizer = build_tokenizer(cfg.model.tokenizer_path)
+    train_data = build_dataset(
+        cfg.data.train_path,
+        kind=cfg.data.datasets_type,
+        transform=text_transform(cfg.data, tokenizer),
+        seed=cfg.train.seed,
+        shuffle_buffer=cfg.data.shuffle_buffer,
+        root=cfg.data.root,
+        name=cfg.data.source_name,
+    )
+    samples = len(train_data) if isinstance(train_data, Sized) else None
+    plan = cfg.batch_plan(world_size(), samples)
+    steps_per_epoch = cfg.compute_train_steps(world_size(), samples)
+    total_steps = steps_per_epoch * cfg.train.num_train_epochs
+    state = parallel_state(cfg.train, plan, device)
+
+    # model: meta -> sharded -> weights, so that no rank ever holds all of it; or with its weights, then sharded
+    on_meta = cfg.train.init_device == "meta"
+    model = build_foundation_model(
+        cfg.model.config_path,
+        cfg.model.model_path,
+        overrides=cfg.model.foundation,
+        attn_implementation=cfg.model.attn_implementation,
+        moe_implementation=cfg.model.moe_implementation,
+        init_device="meta" if on_meta else device.type,
+        seed=cfg.train.seed,
+    )
+    parameters, hidden_size = sum(p.numel() for p in model.parameters()), model.config.get_text_config().hidden_size
+    if cfg.train.train_architecture == "lora":
+        add_adapters(model, cfg.model.lora_config)
+    if cfg.train.enable_fused_loss and state.tp.size() == 1:  # with tp the logits are divided already
+        use_fused_loss(model)
+    model = build_parallelize_model(
+        model,
+        state,
+        plan=ParallelPlan(shard_units=[*plan_for(model)["shard_units"], *cfg.model.basic_modules] or None),
+        **wrapping(cfg.train),
+    )
+    fill_foundation(model, cfg, device)
+    optimizer = build_optimizer(
+        model,
+        lr=cfg.train.lr,
+        weight_decay=cfg.train.weight_decay,
+        no_decay_modules=cfg.train.no_decay_modules,
+        no_decay_params=cfg.train.no_decay_params,
+    )
+
+    # the run folder: a run that goes on finds its place in it
+    folder, first, resume_from = cfg.train.output_dir, rank() == 0, cfg.train.load_checkpoint_path
+    if first:
+        open_run_folder(folder, resume=resume_from is not None)
+        dump_config(cfg, folder / "config.yaml")
+        tokenizer.save_pretrained(folder / "model_assets")
+    barrier()
+
+    # rows of samples, each of which is written down in the ledger
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    loader = build_rows(
+        cfg,
+        train_data,
+        state,
+        plan,
+        total_steps=total_steps,
+        hidden_size=hidden_size,
+        pad_token_id=pad_token_id,
+        folder=folder,
+        description=describe_text(cfg, folder / "model_assets", pad_token_id),
+    )
+    stop, stopped = StopSignals().listen(), False
+    checkpoints = CheckpointManager(folder / "checkpoints", async_save=cfg.train.save_async)
+    progress = Progress()
+    if resume_from is not None:
+        saved = checkpoints.load(resume_from, model, optimizer)
+        if saved is not None:
+            progress.restore(saved, loader)
+    metrics = Metrics(folder, progress.step) if first else None
+    display = Display(total_steps, progress.step, shown=first)
+    display.say(f"{parameters:,} parameters; {state.describe()}")
+    if first:
+        display.say(sizes_that_differ(train_data, cfg))
+    display.say(f"{total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank")
+    startup = seconds_since_launch()
+
+    while progress.epoch < cfg.train.num_train_epochs:
+        for micro_batches in progress.steps(loader, steps_per_epoch):
+            lr = learning_rate(progress.step, total_steps, cfg.train)
+            set_learning_rate(optimizer, lr)
+
+            # the loss is the sum over target tokens divided by those of the whole step, over all ranks
+            targets = global_sum(count_targets(micro_batches), state.dp)
+            loss = torch.zeros((), device=device)
+            for i, batch in enumerate(micro_batches):
+                batch = slice_for_sequence_parallel(
+                    to_device(batch, device), state.sp.get_local_rank(), state.sp.size(), pad_token_id=pad_token_id
+                )
+                with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
+                    part = model(**batch, num_items_in_batch=targets, use_cache=False).loss
+                    (part * loss_scale(state)).backward()
+                loss += part.detach()
+            grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            line = progress.measure(
+                tokens=global_sum(count_tokens(micro_batches), state.dp),
+                targets=targets,
+                loss=global_sum(loss, state.loss).item(),
+                grad_norm=grad_norm.item(),
+                lr=lr,
+                **source_shares(loader, state.dp),
+            )
+            display.step(line)
+            if metrics is not None:
+                metrics.write(line)
+            stopped = stop.requested(device)
+            if stopped or (cfg.train.save_steps and progress.step % cfg.train.save_steps == 0):
+                checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+            if stopped:
+                break
+        if stopped:
+            break
+        progress.end_epoch(loader)
+        if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
+            checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+    checkpoints.close()
+    if stopped:
+        display.say(f"told to stop: saved at step {progress.step}; --train.load_checkpoint_path=auto goes on")
+        display.close()
+        if first:
+            note_stop()
+        return
+    if progress.step < total_steps:
+        size = progress.tokens // progress.epoch
+        display.say(f"the data ended after {progress.step} of {total_steps} steps: set data.train_size to {size}")
+    lost, sentence = left_out(loader, folder)
+    display.say(sentence)
+    display.close()
+    trained = seconds_since_launch()
+
+    # the end: a Hugging Face folder
+    if cfg.train.save_hf_weights:
+        export(model, folder, cfg, assets=[tokenizer])
+    if first:
+        draw_loss(read_metrics(folder), folder / "loss.png")
+        summary = {
+            "seconds": seconds_since_launch(),
+            "startup_seconds": startup,
+            "training_seconds": trained - startup,
+            "left_out_samples": lost,
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "tokens_per_second": progress.tokens_per_second,
+            "parameters": parameters,
+            "world_size": world_size(),
+        }
+        write_json(folder / "summary.json", summary)
+        say_goodbye(folder, summary)
+
+
+if __name__ == "__main__":
+    main()

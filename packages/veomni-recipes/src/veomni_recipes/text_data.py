@@ -1,0 +1,57 @@
+"""What a configuration says about turning texts and conversations into samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from veomni_config import ConfigError, DataConfig, Problem, RecipeConfig
+from veomni_data import DataDescription, Sample, get_chat_template, process_pretrain_example, process_sft_example
+
+
+def text_transform(data: DataConfig, tokenizer: Any) -> Callable[[Mapping[str, Any]], list[Sample] | Sample]:
+    """Row -> samples, by `data.data_type`. The tokenizer gets the chat template, to be exported with the model.
+
+    Raises:
+        ConfigError: a kind of data that is not text.
+    """
+    columns = data.columns or None
+    if data.data_type == "plaintext":
+        return partial(
+            process_pretrain_example,
+            tokenizer=tokenizer,
+            max_seq_len=data.max_seq_len,
+            text_keys=data.text_keys,
+            columns=columns,
+        )
+    if data.data_type != "conversation":
+        raise ConfigError([Problem("data.data_type", f"{data.data_type} is not text: plaintext or conversation")])
+    template = get_chat_template(data.chat_template, tokenizer)
+    tokenizer.chat_template = template.source
+    keys = data.text_keys or "messages"
+    return partial(process_sft_example, tokenizer=tokenizer, template=template, text_keys=keys, columns=columns)
+
+
+def describe_text(cfg: RecipeConfig, tokenizer: Path, pad_token_id: int) -> dict[str, Any]:
+    """How the data become batches, for `veomni-data replay`, which reads it in the ledger.
+
+    Args:
+        tokenizer: the folder in which the model's tokenizer is saved.
+    """
+    packed = cfg.train.rmpad or cfg.train.rmpad_with_pos_ids
+    return DataDescription(
+        path=cfg.data.train_path,
+        type=cfg.data.data_type,
+        tokenizer=str(tokenizer),
+        chat_template=cfg.data.chat_template,
+        max_seq_len=cfg.data.max_seq_len if cfg.data.data_type == "plaintext" else None,
+        kind=cfg.data.datasets_type,
+        root=cfg.data.root,
+        columns=cfg.data.columns or None,
+        text_keys=cfg.data.text_keys,
+        shuffle_buffer=cfg.data.shuffle_buffer,
+        collator="packing" if packed else "padding",
+        pad_token_id=pad_token_id,
+    ).to_dict()

@@ -1,0 +1,1 @@
+src/veomni_recipes/train.sh
