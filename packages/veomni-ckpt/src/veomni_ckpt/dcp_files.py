@@ -10,11 +10,13 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, StorageWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -26,7 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.utils import _ReaderView
+from torch.futures import Future
 
 from veomni_ckpt.errors import DamagedCheckpointError
 from veomni_ckpt.manifest import fault_of_item
@@ -98,11 +102,55 @@ def _verify_ranges(folder: Path, metadata: Metadata, sizes: dict[str, int]) -> N
                 raise DamagedCheckpointError(f"{folder / '.metadata'} does not say where all of {name} is stored")
 
 
-def open_writer(folder: Path) -> StorageWriter:
+def open_writer(folder: Path) -> FileSystemWriter:
     """DCP's writer of files into a folder that is empty."""
     if is_remote(folder):
-        return FsspecWriter(str(folder), sync_files=False, overwrite=False)  # a store has nothing to sync
-    return FileSystemWriter(folder, overwrite=False)
+        writer = FsspecWriter(str(folder), sync_files=False, overwrite=False)  # a store has nothing to sync
+    else:
+        writer = FileSystemWriter(folder, overwrite=False)
+    writer.fs = _Telling(writer.fs)
+    return writer
+
+
+class _Telling:
+    """A file system of DCP that says what went wrong with a file, whatever torch's archive writer makes of it."""
+
+    def __init__(self, system: Any) -> None:
+        self._system = system
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._system, name)
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with self._system.create_stream(path, mode) as raw:
+            stream = _TellingStream(raw)
+            try:
+                yield stream
+            except Exception as error:
+                fault = stream.fault
+                if isinstance(fault, OSError) and fault.errno is not None:
+                    raise OSError(fault.errno, fault.strerror, os.fspath(path)) from error
+                raise fault or error from error
+
+
+class _TellingStream:
+    """A stream that remembers the first error of a write: torch.save replaces it by one of its own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.fault: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, data: Any) -> int:
+        try:
+            written: int = self._stream.write(data)
+        except Exception as error:
+            self.fault = self.fault or error
+            raise
+        return written
 
 
 class SafeReader(FileSystemReader):
@@ -115,8 +163,10 @@ class SafeReader(FileSystemReader):
             remote = FsspecReader(str(folder))
             self.fs, self.path = remote.fs, remote.path
         self._folder, self._metadata = folder, metadata
-        self._names = {_key(info): index.fqn for index, info in metadata.storage_data.items()}
+        places = metadata.storage_data.items()
+        self._names = {(info.relative_path, info.offset): index.fqn for index, info in places}
         self._whole: set[tuple[str, int]] = set()
+        self._reading = str(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What the constructor was given; the file is not read again."""
@@ -125,16 +175,26 @@ class SafeReader(FileSystemReader):
         self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """As torch's; what cannot be read is named."""
+        try:
+            return super().read_data(plan, planner)
+        except DamagedCheckpointError:
+            raise
+        except Exception as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise DamagedCheckpointError(f"{self._reading}: {lines[0]}") from error
+
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        key = sinfo.relative_path, sinfo.offset
+        self._reading = f"{self._folder / sinfo.relative_path} is damaged at {self._names[key]}"
         item: Any = _Item(file, sinfo.offset, sinfo.length)
         if self._remote:
             item = io.BytesIO(item.read())  # one request in the place of many short ones
-        if _key(sinfo) not in self._whole:
+        if key not in self._whole:
             if fault := fault_of_item(item):
-                raise DamagedCheckpointError(
-                    f"{self._folder / sinfo.relative_path} is damaged at {self._names[_key(sinfo)]}: {fault}"
-                )
-            self._whole.add(_key(sinfo))
+                raise DamagedCheckpointError(f"{self._reading}: {fault}")
+            self._whole.add(key)
         item.seek(0)
         return item
 
@@ -149,7 +209,3 @@ class _Item(_ReaderView):
         if offset < 0:
             raise ValueError("it refers to bytes before its beginning")
         return super().seek(offset, whence) - self.offset
-
-
-def _key(info: _StorageInfo) -> tuple[str, int]:
-    return info.relative_path, info.offset

@@ -116,11 +116,18 @@ class CheckpointManager:
         try:
             (folder / PROTECTED).touch()
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be protected: {error.strerror}") from error
+            raise CheckpointError(f"{folder} cannot be protected: {error}") from error
 
     def release(self, step: int) -> None:
-        """Undo `protect`: the step goes like any other. Not a collective."""
-        (self._name(step) / PROTECTED).unlink(missing_ok=True)
+        """Undo `protect`: the step goes like any other. Not a collective.
+
+        Raises:
+            CheckpointError: its folder cannot be written to.
+        """
+        try:
+            (self._name(step) / PROTECTED).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self._name(step)} cannot be released: {error}") from error
 
     def load(
         self,
