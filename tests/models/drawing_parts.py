@@ -53,7 +53,7 @@ def build(way: str) -> OmniModel:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "modulation" in name or "velocity" in name:  # which begin with zeros
+            if "modulation" in name or "decoders.image.picture" in name:  # which begin with zeros
                 parameter.normal_(std=0.3, generator=generator)
     return model
 

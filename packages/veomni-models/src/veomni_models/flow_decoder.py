@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veomni_models.errors import ModelError
 
 _TIME_SCALE, _LONGEST_PERIOD = 1000.0, 10_000.0  # of the sinusoids of a time from 0 to 1
+_LEAST_REST = 0.05  # of the path: velocities are errors of a picture by the rest of it, which goes to 0
 
 
 class FlowDecoderConfig(PreTrainedConfig):
@@ -27,6 +28,8 @@ class FlowDecoderConfig(PreTrainedConfig):
         num_tokens: how many tokens of the language model a picture takes, by whose states it is drawn.
         condition_size: channels of these states.
         noise_samples: how many noisy versions of each picture a step learns from; the language model runs once for all.
+        time_mean: m of the times that are learnt from, which are sigmoids of m + a normal variable: below 0 most have
+            more noise than picture, which is where it is decided what the picture shows.
         loss_weight: of the flow's loss against the loss of a text token, for each of a picture's tokens.
     """
 
@@ -40,6 +43,7 @@ class FlowDecoderConfig(PreTrainedConfig):
     num_tokens: int = 16
     condition_size: int = 256
     noise_samples: int = 4
+    time_mean: float = -0.8
     loss_weight: float = 1.0
 
     def check(self) -> None:
@@ -79,10 +83,12 @@ class FlowBlock(nn.Module):
 
 
 class FlowDecoder(PreTrainedModel):
-    """Velocity from noise to a picture, given the language model's states at the picture's tokens.
+    """The picture in noise, given the language model's states at the picture's tokens.
 
-    The path is x_t = (1 - t) noise + t picture, the velocity picture - noise (rectified flow,
-    https://arxiv.org/abs/2209.03003). What stands at a picture's tokens on the way in are `queries`.
+    The path is x_t = (1 - t) noise + t picture (rectified flow, https://arxiv.org/abs/2209.03003). The transformer says
+    what picture is at its end, and the loss is that of the velocity there, (picture - x_t) / (1 - t): a small one does
+    so from large patches, whose noise it could not say (https://arxiv.org/abs/2511.13720). What stands at a picture's
+    tokens on the way in are `queries`.
     """
 
     config_class = FlowDecoderConfig
@@ -105,7 +111,7 @@ class FlowDecoder(PreTrainedModel):
         )
         self.norm = nn.LayerNorm(size, elementwise_affine=False)
         self.modulation = nn.Linear(size, 2 * size)
-        self.velocity = nn.Linear(size, config.num_channels * config.patch_size**2)
+        self.picture = nn.Linear(size, config.num_channels * config.patch_size**2)
         self.post_init()
 
     @torch.no_grad()
@@ -121,11 +127,11 @@ class FlowDecoder(PreTrainedModel):
         elif isinstance(module, FlowDecoder):
             nn.init.normal_(module.queries, std=0.02)
             nn.init.normal_(module.positions, std=0.02)
-            for linear in (module.modulation, module.velocity):
+            for linear in (module.modulation, module.picture):
                 nn.init.zeros_(linear.weight)
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """The velocity at a point of the path.
+        """The picture at the end of the path, from a point of it.
 
         Args:
             noisy: [n, C, S, S], pictures in -1 .. 1 with noise of variance 1.
@@ -148,7 +154,7 @@ class FlowDecoder(PreTrainedModel):
         for block in self.blocks:
             x = block(x, moment)
         shift, scale = self.modulation(F.silu(moment))[:, None].chunk(2, dim=-1)
-        out = self.velocity(self.norm(x[:, config.num_tokens :]) * (1 + scale) + shift)
+        out = self.picture(self.norm(x[:, config.num_tokens :]) * (1 + scale) + shift)
         return out.view(n, side, side, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
 
     def loss(self, condition: Tensor, pixel_values: Tensor, seed: int | None = None) -> Tensor:
@@ -168,8 +174,8 @@ class FlowDecoder(PreTrainedModel):
         noise, time = self._noise(pictures, seed)  # [n, samples, C, S, S], [n, samples]
         at = time[..., None, None, None]
         noisy = (1 - at) * noise + at * pictures[:, None]
-        velocity = self(noisy.flatten(0, 1), time.flatten(), condition.repeat_interleave(samples, dim=0))
-        error = velocity.view_as(noise).float() - (pictures[:, None] - noise)
+        found = self(noisy.flatten(0, 1), time.flatten(), condition.repeat_interleave(samples, dim=0))
+        error = (found.view_as(noise).float() - pictures[:, None]) / (1 - at).clamp(min=_LEAST_REST)
         return error.square().flatten(1).mean(1)
 
     @torch.no_grad()
@@ -182,14 +188,14 @@ class FlowDecoder(PreTrainedModel):
         num_steps: int = 25,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw pictures, from noise along the velocity by Heun's method.
+        """Draw pictures, from noise along the velocity by Heun's method; the last step ends at the picture found then.
 
         Args:
             condition: [n, num_tokens, condition_size].
             unconditional: the same for no wish at all, [1, num_tokens, condition_size]; None: no guidance.
             guidance_scale: s in velocity = unconditional + s (conditional - unconditional)
                 (classifier-free guidance, https://arxiv.org/abs/2207.12598).
-            num_steps: from noise to picture, of two velocities each.
+            num_steps: from noise to picture, of two velocities each but for the last.
             generator: of the noise, on the CPU.
 
         Returns:
@@ -203,7 +209,8 @@ class FlowDecoder(PreTrainedModel):
 
         def velocity(x: Tensor, time: float) -> Tensor:
             given = torch.cat([x, x]) if guided else x
-            out = self(given, given.new_full((len(given),), time), condition).float()
+            picture = self(given, given.new_full((len(given),), time), condition).float()
+            out = (picture - given) / (1 - time)
             if not guided:
                 return out
             with_wish, without = out.chunk(2)
@@ -211,26 +218,24 @@ class FlowDecoder(PreTrainedModel):
 
         times = torch.linspace(0, 1, num_steps + 1).tolist()
         for start, end in pairwise(times):
-            first = velocity(x, start)
-            second = velocity(x + (end - start) * first, end)
-            x = x + (end - start) * (first + second) / 2
+            slope = velocity(x, start)
+            if end < 1:
+                slope = (slope + velocity(x + (end - start) * slope, end)) / 2
+            x = x + (end - start) * slope
         return x.clamp(-1, 1).expand(-1, 3, -1, -1)
 
     def _own_channels(self, pixel_values: Tensor) -> Tensor:
         return pixel_values.mean(1, keepdim=True) if self.config.num_channels == 1 else pixel_values
 
     def _noise(self, pictures: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-        """Noise [n, samples, C, S, S], and times [n, samples], of which the middle ones are the most frequent.
-
-        Times are sigmoids of a normal variable (https://arxiv.org/abs/2403.03206, section 3.1).
-        """
-        samples = self.config.noise_samples
+        """Noise [n, samples, C, S, S], and times [n, samples] (https://arxiv.org/abs/2403.03206, section 3.1)."""
+        samples, mean = self.config.noise_samples, self.config.time_mean
         if seed is None:
             noise = torch.randn(len(pictures), samples, *pictures.shape[1:], device=pictures.device)
-            return noise, torch.randn(len(pictures), samples, device=pictures.device).sigmoid()
+            return noise, (mean + torch.randn(len(pictures), samples, device=pictures.device)).sigmoid()
         noise, time = torch.empty(len(pictures), samples, *pictures.shape[1:]), torch.empty(len(pictures), samples)
         for i, picture in enumerate(pictures.cpu().contiguous()):
             generator = torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes(), seed & 0xFFFFFFFF))
             noise[i].normal_(generator=generator)
             time[i].normal_(generator=generator)
-        return noise.to(pictures.device), time.sigmoid().to(pictures.device)
+        return noise.to(pictures.device), (mean + time).sigmoid().to(pictures.device)
