@@ -23,7 +23,7 @@ ARCHITECTURES = {
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIAL += ["<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
 _CLASSES = {"train_omni_model": OmniRecipeConfig}
-_STEPS = {"max_steps": 3, "save_steps": 2, "micro_batch_size": 1, "data_parallel_replicate_size": -1}
+_STEPS: dict[str, Any] = {"max_steps": 3, "save_steps": 2, "micro_batch_size": 1, "data_parallel_replicate_size": -1}
 _STEPS |= {"data_parallel_shard_size": -1, "dyn_bsz_margin": 0, "bsz_warmup_ratio": 0.0, "save_epochs": 0}
 _SPLITTING = ("ulysses_parallel_size", "tensor_parallel_size")
 

@@ -7,8 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veomni_config import ConfigError, DataConfig, Problem, RecipeConfig
+from veomni_config import ConfigError, DataConfig, ModelConfig, Problem, RecipeConfig
 from veomni_data import DataDescription, Sample, get_chat_template, process_pretrain_example, process_sft_example
+from veomni_models import build_tokenizer
+
+
+def open_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer that the configuration names.
+
+    Raises:
+        ConfigError: it names none.
+        ModelError: there is none in the folder.
+    """
+    if model.tokenizer_path is None:
+        text = "there is no folder to take it from: set it, model.config_path or model.model_path"
+        raise ConfigError([Problem("model.tokenizer_path", text)])
+    return build_tokenizer(model.tokenizer_path)
 
 
 def text_transform(data: DataConfig, tokenizer: Any) -> Callable[[Mapping[str, Any]], list[Sample] | Sample]:

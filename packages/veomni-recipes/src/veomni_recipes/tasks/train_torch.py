@@ -9,6 +9,7 @@ package. To change something, copy the file (it runs from anywhere) and change i
 from __future__ import annotations
 
 from collections.abc import Sized
+from typing import Any
 
 import torch
 from veomni_ckpt import CheckpointError, CheckpointManager, StopSignals
@@ -18,7 +19,6 @@ from veomni_models import (
     ModelError,
     add_adapters,
     build_foundation_model,
-    build_tokenizer,
     plan_for,
     use_fused_loss,
 )
@@ -33,29 +33,34 @@ from veomni_parallel import (
     loss_scale,
 )
 
+from veomni_recipes.black_box import BlackBox
 from veomni_recipes.charts import draw_loss
 from veomni_recipes.data_checks import sizes_that_differ
+from veomni_recipes.determinism import make_deterministic
 from veomni_recipes.distributed import barrier, init_distributed, rank, to_device, world_size
+from veomni_recipes.errors import TrainingError
+from veomni_recipes.guard import Guard
 from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
 from veomni_recipes.layout import offloading, parallel_state, wrapping
+from veomni_recipes.memory import tidied_together
+from veomni_recipes.meter import Meter
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
-from veomni_recipes.progress import Display, Progress, count_tokens
-from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json
+from veomni_recipes.profiling import traced
+from veomni_recipes.progress import Display, Progress
+from veomni_recipes.run_folder import open_run_folder, read_metrics, say_goodbye, write_json
 from veomni_recipes.supported import TEXT, refuse_without_effect
-from veomni_recipes.text_data import describe_text, text_transform
-from veomni_recipes.training_data import build_rows, left_out, source_shares
+from veomni_recipes.text_data import describe_text, open_tokenizer, text_transform
+from veomni_recipes.trackers import StepLog
+from veomni_recipes.training_data import build_rows, left_out
+from veomni_recipes.validation import Validation
 from veomni_recipes.weights import export, fill_foundation
 
+Config = RecipeConfig
 
-@ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError)
-def main(argv: list[str] | None = None) -> None:
-    """Train, and export."""
-    cfg = parse_args(RecipeConfig, argv)
-    refuse_without_effect(cfg, TEXT)
-    device = init_distributed()
 
-    # data: texts or conversations -> samples -> the packed micro-batches of one optimizer step
-    tokenizer = build_tokenizer(cfg.model.tokenizer_path)
+def read_data(cfg: RecipeConfig) -> tuple[Any, Any]:
+    """The tokenizer, and the training data as samples of tokens."""
+    tokenizer = open_tokenizer(cfg.model)
     train_data = build_dataset(
         cfg.data.train_path,
         kind=cfg.data.datasets_type,
@@ -65,6 +70,35 @@ def main(argv: list[str] | None = None) -> None:
         root=cfg.data.root,
         name=cfg.data.source_name,
     )
+    return tokenizer, train_data
+
+
+def build_model(cfg: RecipeConfig, tokenizer: Any, device: torch.device) -> Any:
+    """The model as transformers has it, on meta or with its weights, and adapters beside them if these are to learn."""
+    model = build_foundation_model(
+        cfg.model.config_path,
+        cfg.model.model_path,
+        overrides=cfg.model.foundation,
+        attn_implementation=cfg.model.attn_implementation,
+        moe_implementation=cfg.model.moe_implementation,
+        init_device="meta" if cfg.train.init_device == "meta" else device.type,
+        seed=cfg.train.seed,
+    )
+    if cfg.train.train_architecture == "lora":
+        add_adapters(model, cfg.model.lora_config)
+    return model
+
+
+@ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError)
+def main(argv: list[str] | None = None) -> None:
+    """Train, and export."""
+    cfg = parse_args(Config, argv)
+    refuse_without_effect(cfg, TEXT)
+    make_deterministic(cfg.train)
+    device = init_distributed()
+
+    # data: texts or conversations -> samples -> the packed micro-batches of one optimizer step
+    tokenizer, train_data = read_data(cfg)
     samples = len(train_data) if isinstance(train_data, Sized) else None
     plan = cfg.batch_plan(world_size(), samples)
     steps_per_epoch = cfg.compute_train_steps(world_size(), samples)
@@ -72,21 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     state = parallel_state(cfg.train, plan, device)
 
     # model: meta -> sharded -> weights, so that no rank ever holds all of it; or with its weights, then sharded
-    on_meta = cfg.train.init_device == "meta"
-    model = build_foundation_model(
-        cfg.model.config_path,
-        cfg.model.model_path,
-        overrides=cfg.model.foundation,
-        attn_implementation=cfg.model.attn_implementation,
-        moe_implementation=cfg.model.moe_implementation,
-        init_device="meta" if on_meta else device.type,
-        seed=cfg.train.seed,
-    )
+    model = build_model(cfg, tokenizer, device)
     parameters, hidden_size = sum(p.numel() for p in model.parameters()), model.config.get_text_config().hidden_size
-    if cfg.train.train_architecture == "lora":
-        add_adapters(model, cfg.model.lora_config)
     if cfg.train.enable_fused_loss and state.tp.size() == 1:  # with tp the logits are divided already
         use_fused_loss(model)
+    progress = Progress()
+    meter = Meter(model, state, progress, recompute=cfg.train.enable_gradient_checkpointing)
     model = build_parallelize_model(
         model,
         state,
@@ -124,65 +149,91 @@ def main(argv: list[str] | None = None) -> None:
         description=describe_text(cfg, folder / "model_assets", pad_token_id),
     )
     stop, stopped = StopSignals().listen(), False
-    checkpoints = CheckpointManager(folder / "checkpoints", async_save=cfg.train.save_async)
-    progress = Progress()
+    checkpoints = CheckpointManager(
+        folder / "checkpoints", keep_last=cfg.train.keep_last, async_save=cfg.train.save_async
+    )
+    black_box = BlackBox(folder, loader, state, model.config, [tokenizer])
+    guard = Guard(cfg.train, black_box, model)
+    validation = Validation(
+        cfg,
+        train_data,
+        model,
+        state,
+        pad_token_id=pad_token_id,
+    )
     if resume_from is not None:
         saved = checkpoints.load(resume_from, model, optimizer)
         if saved is not None:
-            progress.restore(saved, loader)
-    metrics = Metrics(folder, progress.step) if first else None
+            progress.restore(saved, loader, guard=guard, validation=validation)
+
+    def save() -> None:
+        log.write(meter.flush())
+        checkpoints.save(progress.step, model, optimizer, progress.state(loader, guard=guard, validation=validation))
+        if validation.is_best:
+            validation.keep_best(checkpoints)
+
     display = Display(total_steps, progress.step, shown=first)
+    log = StepLog(cfg, progress.step, display, on=first)
     display.say(f"{parameters:,} parameters; {state.describe()}")
     if first:
         display.say(sizes_that_differ(train_data, cfg))
     display.say(f"{total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank")
     startup = seconds_since_launch()
+    meter.watch(model, loader)
 
-    while progress.epoch < cfg.train.num_train_epochs:
-        for micro_batches in progress.steps(loader, steps_per_epoch):
-            lr = learning_rate(progress.step, total_steps, cfg.train)
-            set_learning_rate(optimizer, lr)
+    with (
+        black_box.watch(cfg.train.hang_timeout),
+        traced(cfg.train, folder, progress.step) as trace,
+        tidied_together(cfg.train) as tidy,
+    ):
+        while progress.epoch < cfg.train.num_train_epochs:
+            for micro_batches in progress.steps(loader, steps_per_epoch):
+                lr = learning_rate(progress.step, total_steps, cfg.train)
+                set_learning_rate(optimizer, lr)
 
-            # the loss is the sum over target tokens divided by those of the whole step, over all ranks
-            targets = global_sum(count_targets(micro_batches), state.dp)
-            loss = torch.zeros((), device=device)
-            for i, batch in enumerate(micro_batches):
-                batch = slice_for_sequence_parallel(
-                    to_device(batch, device), state.sp.get_local_rank(), state.sp.size(), pad_token_id=pad_token_id
-                )
-                with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
-                    part = model(**batch, num_items_in_batch=targets, use_cache=False).loss
-                    (part * loss_scale(state)).backward()
-                loss += part.detach()
-            grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
-            optimizer.step()
-            optimizer.zero_grad()
+                # the loss is the sum over target tokens divided by those of the whole step, over all ranks
+                targets = global_sum(torch.tensor(count_targets(micro_batches), device=device), state.dp)
+                loss = torch.zeros((), device=device)
+                black_box.begin(progress.step, micro_batches)
+                meter.begin(micro_batches)
+                for i, batch in enumerate(micro_batches):
+                    batch = slice_for_sequence_parallel(
+                        to_device(batch, device), state.sp.get_local_rank(), state.sp.size(), pad_token_id=pad_token_id
+                    )
+                    with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
+                        out = model(**batch, num_items_in_batch=targets, use_cache=False)
+                        (out.loss * loss_scale(state)).backward()
+                    loss += out.loss.detach()
+                    meter.add(out)
+                loss = global_sum(loss, state.loss)
+                grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
+                if guard.allows(progress.step, loss, grad_norm):
+                    optimizer.step()
+                optimizer.zero_grad()
 
-            line = progress.measure(
-                tokens=global_sum(count_tokens(micro_batches), state.dp),
-                targets=targets,
-                loss=global_sum(loss, state.loss).item(),
-                grad_norm=grad_norm.item(),
-                lr=lr,
-                **source_shares(loader, state.dp),
-            )
-            display.step(line)
-            if metrics is not None:
-                metrics.write(line)
-            stopped = stop.requested(device)
-            if stopped or (cfg.train.save_steps and progress.step % cfg.train.save_steps == 0):
-                checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+                log.write(meter.end(loss=loss, grad_norm=grad_norm, lr=lr))
+                log.validated(validation.after_step(progress))
+                trace()
+                tidy(progress.step)
+                stopped = stop.requested(device)
+                save_now = cfg.train.save_steps and progress.step % cfg.train.save_steps == 0
+                if stopped or save_now or validation.is_best:
+                    save()
+                if stopped:
+                    break
             if stopped:
                 break
-        if stopped:
-            break
-        progress.end_epoch(loader)
-        if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
-            checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+            progress.end_epoch(loader)
+            log.validated(validation.after_epoch(progress))
+            if validation.is_best or (cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0):
+                save()
+    log.write(meter.flush())
+    if cfg.train.export_checkpoint == "best" and validation.best_step is not None and not stopped:
+        checkpoints.load(validation.best_step, model)
     checkpoints.close()
     if stopped:
         display.say(f"told to stop: saved at step {progress.step}; --train.load_checkpoint_path=auto goes on")
-        display.close()
+        log.close()
         if first:
             note_stop()
         return
@@ -191,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         display.say(f"the data ended after {progress.step} of {total_steps} steps: set data.train_size to {size}")
     lost, sentence = left_out(loader, folder)
     display.say(sentence)
-    display.close()
+    log.close()
     trained = seconds_since_launch()
 
     # the end: a Hugging Face folder
@@ -206,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
             "left_out_samples": lost,
             "steps": progress.step,
             "tokens": progress.tokens,
-            "tokens_per_second": progress.tokens_per_second,
+            "tokens_per_second": meter.tokens_per_second,
             "parameters": parameters,
             "world_size": world_size(),
         }

@@ -25,7 +25,15 @@ from veomni_data import (
     multimodal_prompt,
     slice_for_sequence_parallel,
 )
-from veomni_models import ModelError, build_omni_model, build_omni_processor, initialize_weights, plan_for
+from veomni_models import (
+    ModelError,
+    OmniModel,
+    OmniProcessor,
+    build_omni_model,
+    build_omni_processor,
+    initialize_weights,
+    plan_for,
+)
 from veomni_parallel import (
     ParallelError,
     ParallelPlan,
@@ -37,30 +45,34 @@ from veomni_parallel import (
     loss_scale,
 )
 
+from veomni_recipes.black_box import BlackBox
 from veomni_recipes.charts import draw_answers, draw_loss
 from veomni_recipes.data_checks import check_rows, sizes_that_differ
+from veomni_recipes.determinism import make_deterministic
 from veomni_recipes.distributed import barrier, gather, init_distributed, rank, to_device, world_size
-from veomni_recipes.evaluation import accuracies, answer_held_out, pictures_to_draw, prompt_options
+from veomni_recipes.errors import TrainingError
+from veomni_recipes.evaluation import accuracies, answer_held_out, answer_in_training, pictures_to_draw, prompt_options
+from veomni_recipes.guard import Guard
 from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
 from veomni_recipes.layout import offloading, parallel_state, wrapping
+from veomni_recipes.memory import tidied_together
+from veomni_recipes.meter import Meter
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
-from veomni_recipes.progress import Display, Progress, count_tokens
-from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json, write_json_lines
+from veomni_recipes.profiling import traced
+from veomni_recipes.progress import Display, Progress
+from veomni_recipes.run_folder import open_run_folder, read_metrics, say_goodbye, write_json, write_json_lines
 from veomni_recipes.supported import OMNI, refuse_without_effect
-from veomni_recipes.training_data import build_rows, describe_data, left_out, media_limits, source_shares
+from veomni_recipes.trackers import StepLog
+from veomni_recipes.training_data import build_rows, describe_data, left_out, media_limits
+from veomni_recipes.validation import Validation
 from veomni_recipes.weights import freeze_parts, learning_rates, load_parts
 
+Config = OmniRecipeConfig
 
-@ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError)
-def main(argv: list[str] | None = None) -> None:
-    """Train, export, and answer the held-out questions."""
-    cfg = parse_args(OmniRecipeConfig, argv)
-    refuse_without_effect(cfg, OMNI)
-    device = init_distributed()
 
-    # data: conversations -> samples -> the packed micro-batches of one optimizer step
-    encoders = cfg.model.encoders
-    processor = build_omni_processor(cfg.model.tokenizer_path, encoders=encoders, decoders=cfg.model.decoders)
+def read_data(cfg: OmniRecipeConfig) -> tuple[OmniProcessor, Any, Any]:
+    """The processor, the training data as samples of tokens and media, and held-out questions (None without any)."""
+    processor = build_omni_processor(cfg.model.tokenizer_path, encoders=cfg.model.encoders, decoders=cfg.model.decoders)
     template = get_chat_template(cfg.data.chat_template, processor.tokenizer)
     processor.tokenizer.chat_template = processor.chat_template = template.source  # exported with the model
     columns: dict[str, Any] = {
@@ -87,41 +99,62 @@ def main(argv: list[str] | None = None) -> None:
         root=cfg.data.root,
         name=cfg.data.source_name,
     )
-    samples = len(train_data) if isinstance(train_data, Sized) else None
     held_out = None
     if cfg.data.eval_path is not None:
         prompt = partial(multimodal_prompt, template=template, **prompt_options(processor), **columns, **limits)
         held_out = build_dataset(cfg.data.eval_path, transform=prompt, root=cfg.data.root)
+    return processor, train_data, held_out
+
+
+def build_model(cfg: OmniRecipeConfig, processor: OmniProcessor, device: torch.device) -> OmniModel:
+    """The model, on meta or with its weights, with the parts frozen that are to keep them."""
+    model = build_omni_model(
+        cfg.model.config_path,
+        weights_path=cfg.model.model_path,
+        foundation=cfg.model.foundation,
+        encoders=cfg.model.encoders,
+        decoders=cfg.model.decoders,
+        vocab_size=len(processor.tokenizer),
+        **processor.placeholder_ids,
+        attn_implementation=cfg.model.attn_implementation,
+        init_device="meta" if cfg.train.init_device == "meta" else device.type,
+        seed=cfg.train.seed,
+    )
+    freeze_parts(model, cfg.train)
+    return model
+
+
+@ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError)
+def main(argv: list[str] | None = None) -> None:
+    """Train, export, and answer the held-out questions."""
+    cfg = parse_args(Config, argv)
+    refuse_without_effect(cfg, OMNI)
+    make_deterministic(cfg.train)
+    device = init_distributed()
+
+    # data: conversations -> samples -> the packed micro-batches of one optimizer step
+    processor, train_data, held_out = read_data(cfg)
+    if held_out is not None:
         check_rows(held_out, range(rank(), len(held_out), world_size()))
+    samples = len(train_data) if isinstance(train_data, Sized) else None
     plan = cfg.batch_plan(world_size(), samples)
     steps_per_epoch = cfg.compute_train_steps(world_size(), samples)
     total_steps = steps_per_epoch * cfg.train.num_train_epochs
     state = parallel_state(cfg.train, plan, device)
 
     # model: meta -> sharded -> weights, so that no rank ever holds all of it; or with its weights, then sharded
-    on_meta = cfg.train.init_device == "meta"
-    model = build_omni_model(
-        cfg.model.config_path,
-        weights_path=cfg.model.model_path,
-        foundation=cfg.model.foundation,
-        encoders=encoders,
-        decoders=cfg.model.decoders,
-        vocab_size=len(processor.tokenizer),
-        **processor.placeholder_ids,
-        attn_implementation=cfg.model.attn_implementation,
-        init_device="meta" if on_meta else device.type,
-        seed=cfg.train.seed,
-    )
+    model = build_model(cfg, processor, device)
     parameters, hidden_size = sum(p.numel() for p in model.parameters()), model.foundation.config.hidden_size
-    freeze_parts(model, cfg.train)
     param_lrs = learning_rates(model, cfg.train)
+    progress = Progress()
+    meter = Meter(model, state, progress, recompute=cfg.train.enable_gradient_checkpointing)
     model = build_parallelize_model(
         model,
         state,
         plan=ParallelPlan(shard_units=[*plan_for(model)["shard_units"], *cfg.model.basic_modules]),
         **wrapping(cfg.train),
     )
-    if on_meta:
+    if cfg.train.init_device == "meta":
         initialize_weights(model, cfg.train.seed, device)
         load_parts(model, cfg.model)
 
@@ -157,66 +190,94 @@ def main(argv: list[str] | None = None) -> None:
         description=describe_data(cfg, assets, pad_token_id),
     )
     stop, stopped = StopSignals().listen(), False
-    checkpoints = CheckpointManager(folder / "checkpoints", async_save=cfg.train.save_async)
-    progress = Progress()
+    checkpoints = CheckpointManager(
+        folder / "checkpoints", keep_last=cfg.train.keep_last, async_save=cfg.train.save_async
+    )
+    black_box = BlackBox(folder, loader, state, model.config, [processor])
+    guard = Guard(cfg.train, black_box, model)
+    validation = Validation(
+        cfg,
+        train_data,
+        model,
+        state,
+        pad_token_id=pad_token_id,
+        answer=held_out and partial(answer_in_training, model, processor, held_out, folder / "validation"),
+        noise_seed=0,
+    )
     if resume_from is not None:
         saved = checkpoints.load(resume_from, model, optimizer)
         if saved is not None:
-            progress.restore(saved, loader)
-    metrics = Metrics(folder, progress.step) if first else None
+            progress.restore(saved, loader, guard=guard, validation=validation)
+
+    def save() -> None:
+        log.write(meter.flush())
+        checkpoints.save(progress.step, model, optimizer, progress.state(loader, guard=guard, validation=validation))
+        if validation.is_best:
+            validation.keep_best(checkpoints)
+
     display = Display(total_steps, progress.step, shown=first)
+    log = StepLog(cfg, progress.step, display, on=first)
     display.say(f"{parameters:,} parameters; {state.describe()}")
     if first:
         display.say(sizes_that_differ(train_data, cfg))
     display.say(f"{total_steps} steps of {plan.tokens_per_step:,} tokens, {plan.accumulation} micro-batches a rank")
     startup = seconds_since_launch()
+    meter.watch(model, loader)
 
-    while progress.epoch < cfg.train.num_train_epochs:
-        for micro_batches in progress.steps(loader, steps_per_epoch):
-            lr = learning_rate(progress.step, total_steps, cfg.train)
-            set_learning_rate(optimizer, lr)
+    with (
+        black_box.watch(cfg.train.hang_timeout),
+        traced(cfg.train, folder, progress.step) as trace,
+        tidied_together(cfg.train) as tidy,
+    ):
+        while progress.epoch < cfg.train.num_train_epochs:
+            for micro_batches in progress.steps(loader, steps_per_epoch):
+                lr = learning_rate(progress.step, total_steps, cfg.train)
+                set_learning_rate(optimizer, lr)
 
-            # the loss is the sum over target tokens divided by those of the whole step, over all ranks
-            targets = global_sum(count_targets(micro_batches), state.dp)
-            loss = torch.zeros((), device=device)
-            noise_seed = cfg.train.seed * 1_000_003 + progress.step  # what is drawn learns from new noise every step
-            for i, batch in enumerate(micro_batches):
-                batch = slice_for_sequence_parallel(
-                    to_device(batch, device), state.sp.get_local_rank(), state.sp.size(), pad_token_id=pad_token_id
-                )
-                with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
-                    part = model(**batch, num_items_in_batch=targets, noise_seed=noise_seed, use_cache=False).loss
-                    (part * loss_scale(state)).backward()
-                loss += part.detach()
-            grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
-            optimizer.step()
-            optimizer.zero_grad()
+                # the loss is the sum over target tokens divided by those of the whole step, over all ranks
+                targets = global_sum(torch.tensor(count_targets(micro_batches), device=device), state.dp)
+                loss = torch.zeros((), device=device)
+                noise_seed = cfg.train.seed * 1_000_003 + progress.step  # new noise for what is drawn
+                black_box.begin(progress.step, micro_batches, noise_seed=noise_seed)
+                meter.begin(micro_batches)
+                for i, batch in enumerate(micro_batches):
+                    batch = slice_for_sequence_parallel(
+                        to_device(batch, device), state.sp.get_local_rank(), state.sp.size(), pad_token_id=pad_token_id
+                    )
+                    with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
+                        out = model(**batch, num_items_in_batch=targets, noise_seed=noise_seed, use_cache=False)
+                        (out.loss * loss_scale(state)).backward()
+                    loss += out.loss.detach()
+                    meter.add(out)
+                loss = global_sum(loss, state.loss)
+                grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
+                if guard.allows(progress.step, loss, grad_norm):
+                    optimizer.step()
+                optimizer.zero_grad()
 
-            line = progress.measure(
-                tokens=global_sum(count_tokens(micro_batches), state.dp),
-                targets=targets,
-                loss=global_sum(loss, state.loss).item(),
-                grad_norm=grad_norm.item(),
-                lr=lr,
-                **source_shares(loader, state.dp),
-            )
-            display.step(line)
-            if metrics is not None:
-                metrics.write(line)
-            stopped = stop.requested(device)
-            if stopped or (cfg.train.save_steps and progress.step % cfg.train.save_steps == 0):
-                checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+                log.write(meter.end(loss=loss, grad_norm=grad_norm, lr=lr))
+                log.validated(validation.after_step(progress))
+                trace()
+                tidy(progress.step)
+                stopped = stop.requested(device)
+                save_now = cfg.train.save_steps and progress.step % cfg.train.save_steps == 0
+                if stopped or save_now or validation.is_best:
+                    save()
+                if stopped:
+                    break
             if stopped:
                 break
-        if stopped:
-            break
-        progress.end_epoch(loader)
-        if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
-            checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+            progress.end_epoch(loader)
+            log.validated(validation.after_epoch(progress))
+            if validation.is_best or (cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0):
+                save()
+    log.write(meter.flush())
+    if cfg.train.export_checkpoint == "best" and validation.best_step is not None and not stopped:
+        checkpoints.load(validation.best_step, model)
     checkpoints.close()
     if stopped:
         display.say(f"told to stop: saved at step {progress.step}; --train.load_checkpoint_path=auto goes on")
-        display.close()
+        log.close()
         if first:
             note_stop()
         return
@@ -225,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         display.say(f"the data ended after {progress.step} of {total_steps} steps: set data.train_size to {size}")
     lost, sentence = left_out(loader, folder)
     display.say(sentence)
-    display.close()
+    log.close()
     trained = seconds_since_launch()
 
     # the end: a Hugging Face folder, and what the model in it answers
@@ -249,12 +310,12 @@ def main(argv: list[str] | None = None) -> None:
             "left_out_samples": lost,
             "steps": progress.step,
             "tokens": progress.tokens,
-            "tokens_per_second": progress.tokens_per_second,
+            "tokens_per_second": meter.tokens_per_second,
             "parameters": parameters,
             "world_size": world_size(),
         }
         write_json(folder / "summary.json", summary)
-        say_goodbye(folder, summary, question, [*encoders])
+        say_goodbye(folder, summary, question, [*cfg.model.encoders])
 
 
 if __name__ == "__main__":
