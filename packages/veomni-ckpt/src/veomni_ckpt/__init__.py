@@ -9,7 +9,7 @@ from veomni_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from veomni_ckpt.hf_export import export_hf
-    from veomni_ckpt.hf_pretrained import load_pretrained
+    from veomni_ckpt.hf_pretrained import LoadReport, load_pretrained
     from veomni_ckpt.inspection import Inspection, inspect
     from veomni_ckpt.leftovers import Leftover, find_leftovers, prune, repair
     from veomni_ckpt.manager import CheckpointManager
@@ -24,6 +24,7 @@ _MODULES = {
     "Conversion": "to_hf",
     "Inspection": "inspection",
     "Leftover": "leftovers",
+    "LoadReport": "hf_pretrained",
     "StopSignals": "preemption",
     "Verification": "verification",
     "dcp_to_hf": "to_hf",
@@ -43,6 +44,7 @@ __all__ = [
     "Conversion",
     "Inspection",
     "Leftover",
+    "LoadReport",
     "StopSignals",
     "Verification",
     "dcp_to_hf",

@@ -61,7 +61,14 @@ def _open(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} has no .metadata file and no safetensors: it is no checkpoint{hint}")
     if files and all(re.fullmatch(r"shard-\d+-model-.*", file.name) for file in files):
         return _open_sharded_safetensors(path, files)
-    return _open_safetensors(path, _indexed(path, files), "Hugging Face folder")
+    weight_map = _weight_map(path)
+    if weight_map:  # what lies beside the files that it names is not the model's
+        files = [path / name for name in sorted(set(weight_map.values()))]
+    checkpoint = _open_safetensors(path, files, "Hugging Face folder")
+    for name, file in weight_map.items():
+        if name not in checkpoint.tensors:
+            raise DamagedCheckpointError(f"{path / file} does not hold {name[:200]}, which the index says it does")
+    return checkpoint
 
 
 def _open_safetensors(path: Path, files: list[Path], kind: str) -> Checkpoint:
@@ -81,18 +88,19 @@ def _open_safetensors(path: Path, files: list[Path], kind: str) -> Checkpoint:
     return checkpoint
 
 
-def _indexed(path: Path, files: list[Path]) -> list[Path]:
-    """The files that the index names, or those that are there without one."""
+def _weight_map(path: Path) -> dict[str, str]:
+    """Name of each tensor -> name of its file, as the index of a folder says; empty if there is none."""
     index = path / INDEX_NAME
     if not index.is_file():
-        return files
+        return {}
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if outside := [name for name in names if name != Path(name).name or name.startswith(".")]:
-            raise DamagedCheckpointError(f"{index} names {outside[0][:200]!r}, which is not in the folder")
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        outside = [name for name in weight_map.values() if name != Path(name).name or name.startswith(".")]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{index} cannot be read: it has no table `weight_map`") from error
-    return [path / name for name in sorted(names)]
+    if outside:
+        raise DamagedCheckpointError(f"{index} names {outside[0][:200]!r}, which is not in the folder")
+    return weight_map
 
 
 def _open_sharded_safetensors(path: Path, files: list[Path]) -> Checkpoint:

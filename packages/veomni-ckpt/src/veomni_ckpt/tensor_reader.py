@@ -96,7 +96,14 @@ class TensorReader:
             first, last = max(begin, strip.column), min(end, strip.column + strip.width)
             if first < last:
                 source = strip.begin + (row - strip.row) * strip.width + first - strip.column
-                self._fill(strip.file, [out[first - begin : last - begin]], last - first, source)
+                fill(
+                    self._checkpoint,
+                    self._tensor.name,
+                    strip.file,
+                    [out[first - begin : last - begin]],
+                    last - first,
+                    source,
+                )
 
     def _read_rows(
         self, begin: int, end: int, buffer: memoryview, at: int, kept: dict[tuple[int, ...], list[memoryview]]
@@ -145,28 +152,36 @@ class TensorReader:
             if strip.row + strip.rows > begin:
                 yield strip
 
-    def _fill(self, file: int, slices: list[memoryview], length: int, source: int) -> None:
-        try:
-            descriptor = self._checkpoint.descriptor(file)
-            done = os.preadv(descriptor, slices, source)
-            if done == length:
-                return
-            for part in slices:  # interrupted: what is left, piece by piece
-                if done >= len(part):
-                    done -= len(part)
-                    source += len(part)
-                    continue
-                while done < len(part):
-                    count = os.preadv(descriptor, [part[done:]], source + done)
-                    if count == 0:
-                        name = self._checkpoint.name_of(file)
-                        raise DamagedCheckpointError(f"{name} ends within {self._tensor.name}: it was cut")
-                    done += count
+    def _fill(self, file: int, parts: list[memoryview], length: int, source: int) -> None:
+        fill(self._checkpoint, self._tensor.name, file, parts, length, source)
+
+
+def fill(checkpoint: Checkpoint, name: str, file: int, parts: list[memoryview], length: int, source: int) -> None:
+    """Read `length` bytes of file number `file`, from byte `source` on, into buffers of that length together.
+
+    Raises:
+        DamagedCheckpointError: naming the file and the tensor; the file ends too soon, or cannot be read.
+    """
+    try:
+        descriptor = checkpoint.descriptor(file)
+        done = os.preadv(descriptor, parts, source)
+        if done == length:
+            return
+        for part in parts:  # interrupted: what is left, piece by piece
+            if done >= len(part):
+                done -= len(part)
                 source += len(part)
-                done = 0
-        except OSError as error:
-            name = self._checkpoint.name_of(file)
-            raise DamagedCheckpointError(f"{name} cannot be read at {self._tensor.name} ({error.strerror})") from error
+                continue
+            while done < len(part):
+                count = os.preadv(descriptor, [part[done:]], source + done)
+                if count == 0:
+                    raise DamagedCheckpointError(f"{checkpoint.name_of(file)} ends within {name}: it was cut")
+                done += count
+            source += len(part)
+            done = 0
+    except OSError as error:
+        where = checkpoint.name_of(file)
+        raise DamagedCheckpointError(f"{where} cannot be read at {name} ({error.strerror})") from error
 
 
 def _strips(shape: Shape, itemsize: int, pieces: list[Piece]) -> tuple[int, list[Strip]]:
