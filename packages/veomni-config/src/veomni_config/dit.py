@@ -64,9 +64,7 @@ class DitDataConfig(DataConfig):
         description="Width and height become multiples of so many pixels, so that many pictures have one size.",
     )
     num_frames: int = Field(default=1, ge=1, description="Frames that are taken of a video; shorter ones are refused.")
-    fps: float | None = Field(
-        default=None, gt=0, description="Frames of a second of video that are taken; null takes them all."
-    )
+    fps: float = Field(default=16.0, gt=0, description="Frames of a second of video that are taken.")
     max_prompt_tokens: int | None = Field(
         default=None, ge=1, description="Tokens that a prompt is cut or padded to; null leaves it to the pipeline."
     )
@@ -144,6 +142,12 @@ class DitRecipeConfig(RecipeConfig):
     def _meta_needs_weights(self) -> str | None:
         if self.train.init_device == "meta" and not self.model.model_path:
             return "weights that are drawn are drawn on a device: set train.init_device to cpu, or model.model_path"
+        return None
+
+    @rule("train.train_architecture", "model.model_path")
+    def _adapters_need_weights(self) -> str | None:
+        if self.train.train_architecture == "lora" and not self.model.model_path:
+            return "adapters are trained beside weights that are there: set model.model_path to a pipeline's folder"
         return None
 
     @rule("data.too_long", "data.drop_last")

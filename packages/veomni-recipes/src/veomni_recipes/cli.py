@@ -13,6 +13,8 @@ RECIPES = {
     "train_torch": "veomni_recipes.tasks.train_torch",
     "train_omni_model": "veomni_recipes.tasks.omni.train_omni_model",
     "train_image_tokenizer": "veomni_recipes.tasks.omni.train_image_tokenizer",
+    "prepare_dit": "veomni_recipes.tasks.dit.prepare_dit",
+    "train_dit": "veomni_recipes.tasks.dit.train_dit",
 }
 
 
