@@ -173,8 +173,17 @@ def test_comments_in_a_flow_value_are_kept_and_those_below_a_text_are_not_double
 def test_an_empty_block_is_left_out() -> None:
     text = "train:\n  accelerator:\n  optimizer: {}\n  wandb: null\n  checkpoint: {output_dir: out}\n"
     migration = migrate(text, "run.yaml")
-    assert set(yaml.safe_load(migration.text)["train"]) == {key.split(".")[1] for key in DEFAULTS}
+    without_muon = {key.split(".")[1] for key in DEFAULTS} - {"muon_weight_decay"}
+    assert set(yaml.safe_load(migration.text)["train"]) == without_muon
     assert "run.yaml:2: train.accelerator: dropped: it is empty" in migration.report
+
+
+def test_muon_decays_no_matrix_where_the_newer_layout_does_not_say_so() -> None:
+    train = yaml.safe_load(migrate("train:\n  optimizer: {type: muon, muon_lr: 0.01, weight_decay: 0.1}\n", "a").text)[
+        "train"
+    ]
+    expected = {"optimizer": "muon", "muon_lr": 0.01, "weight_decay": 0.1, "muon_weight_decay": 0.0}
+    assert train.items() >= expected.items()
 
 
 def test_a_key_in_quotes_stays_one() -> None:

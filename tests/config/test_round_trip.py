@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -34,6 +34,9 @@ def values_of(key: ConfigKey) -> st.SearchStrategy[Any]:
     """Values that a key allows, by its annotation and bounds."""
     bounds: dict[type, Any] = {type(item): item for item in key.field.metadata}
     choices: list[st.SearchStrategy[Any]] = []
+    if get_origin(key.field.annotation) is tuple and float in get_args(key.field.annotation):
+        places = len(get_args(key.field.annotation))
+        return st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=places, max_size=places)
     for arm in get_args(key.field.annotation) or (key.field.annotation,):
         if get_origin(key.field.annotation) is Literal:
             choices.append(st.just(arm))
@@ -45,10 +48,12 @@ def values_of(key: ConfigKey) -> st.SearchStrategy[Any]:
             choices.append(st.booleans())
         elif arm is int:
             low = bounds[Ge].ge if Ge in bounds else 1
-            choices.append(st.integers(low, bounds[Le].le if Le in bounds else low + 1000))
+            high = bounds[Lt].lt - 1 if Lt in bounds else bounds[Le].le if Le in bounds else low + 1000
+            choices.append(st.integers(low, high))
         elif arm is float:
             low = bounds[Ge].ge if Ge in bounds else math.nextafter(bounds[Gt].gt, math.inf)
-            choices.append(st.floats(low, bounds[Le].le if Le in bounds else 1e9))
+            high = math.nextafter(bounds[Lt].lt, -math.inf) if Lt in bounds else 1e9
+            choices.append(st.floats(low, bounds[Le].le if Le in bounds else high))
         elif arm is str:
             choices.append(TEXT.filter(bool))
     origin = get_origin(key.field.annotation)

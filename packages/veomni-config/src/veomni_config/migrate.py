@@ -54,7 +54,7 @@ def migrate(text: str, file: str) -> Migration:
     """Rewrite `text`, a file of the newer layout; a file that has none of its keys stays as it is.
 
     What has no counterpart stays in its place as a comment. What a left-out key means there but not here is added.
-    Values that we do not know (`muon`) stay, for the parser to refuse. `file` is the name for messages. Raises
+    Values that we do not know (`lion`) stay, for the parser to refuse. `file` is the name for messages. Raises
     ConfigError where `text` is no YAML that could be a configuration, or has a key that the newer layout does not know.
     """
     entries, comments, rest = _read(text, file)
@@ -95,9 +95,13 @@ def migrate(text: str, file: str) -> Migration:
                 report.append(f"{place}: unchanged: the file that it names has to be rewritten too")
             new = [*entry.above, *entry.written_as(name)]
         lines.setdefault(section, []).extend(new)
-    is_ddp = any(entry.key.endswith("fsdp_config.fsdp_mode") and entry.value.strip("'\"") == "ddp" for entry in entries)
+    values = {RENAMED.get(entry.key): entry.value.strip("'\"") for entry in entries}
+    pointless = {
+        "train.init_device": values.get("train.data_parallel_mode") == "ddp",  # `meta` weights are for shards
+        "train.muon_weight_decay": values.get("train.optimizer") != "muon",
+    }
     for target, value in DEFAULTS.items():
-        if target == "train.init_device" and is_ddp:  # `meta` weights are for shards
+        if pointless.get(target):
             continue
         if target not in written and "extends" not in written:
             section, _, name = target.rpartition(".")

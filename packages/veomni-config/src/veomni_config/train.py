@@ -38,8 +38,35 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay, a factor of the learning rate.")
     no_decay_modules: Names = Field(default=(), description="Class names of modules whose parameters do not decay.")
     no_decay_params: Names = Field(default=(), description="Parts of parameter names that do not decay.")
-    optimizer: Literal["adamw", "anyprecision_adamw"] = Field(
-        default="adamw", description="`adamw`, or `anyprecision_adamw` with its states in bfloat16."
+    optimizer: Literal["adamw", "anyprecision_adamw", "adamw_8bit", "adafactor", "muon"] = Field(
+        default="adamw",
+        description="`adamw`, with its states in bfloat16 (`anyprecision_adamw`) or 8 bits (`adamw_8bit`, by torchao); "
+        "`adafactor`; or `muon` for the matrices of hidden layers, with AdamW for all other parameters.",
+    )
+    muon_lr: float | None = Field(
+        default=None, ge=0, description="Peak learning rate of Muon's matrices; null is `train.lr`."
+    )
+    muon_weight_decay: float | None = Field(
+        default=None, ge=0, description="Decoupled weight decay of Muon's matrices; null is `train.weight_decay`."
+    )
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Share of Muon's momentum that a step keeps.")
+    muon_nesterov: bool = Field(default=True, description="Whether Muon's momentum is Nesterov's.")
+    muon_ns_steps: int = Field(default=5, ge=1, lt=100, description="Newton-Schulz iterations of a step of Muon.")
+    muon_ns_coefficients: tuple[float, float, float] = Field(
+        default=(3.4445, -4.7750, 2.0315), description="The polynomial of those iterations: of x, x^3 and x^5."
+    )
+    muon_eps: float = Field(default=1e-7, gt=0, description="Least norm by which those iterations divide a matrix.")
+    muon_adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
+        default="match_rms_adamw",
+        description="How Muon's learning rate follows a matrix's shape: `match_rms_adamw` makes steps as long as "
+        "AdamW's, so that its learning rates hold; `original` is the square root of rows over columns, at least 1.",
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share that a moving average of the weights keeps of itself each step, such as 0.999; the exported "
+        "model has the averaged weights, checkpoints have both. Null for none.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Norm that the gradient of all parameters is clipped to."
@@ -94,8 +121,13 @@ class TrainConfig(Section):
     lr_warmup_ratio: float = Field(
         default=0.0, ge=0, le=1, description="Share of the steps during which the learning rate rises, from 0 to 1."
     )
-    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="How the learning rate goes from its peak to `train.lr_min`."
+    lr_decay_style: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        default="constant",
+        description="How the learning rate goes from its peak to `train.lr_min`; `wsd` stays at the peak until "
+        "`lr_stable_ratio`, then goes down in a line.",
+    )
+    lr_stable_ratio: float = Field(
+        default=0.8, ge=0, le=1, description="Share of the steps after which the decay of `wsd` begins, from 0 to 1."
     )
     lr_decay_ratio: float = Field(
         default=1.0, gt=0, le=1, description="Share of the steps after which the decay is complete, from 0 to 1."
@@ -238,6 +270,20 @@ class TrainConfig(Section):
             "ep": self.expert_parallel_size,
         }
 
+    def muon_options(self) -> dict[str, Any]:
+        """The arguments of Muon by the names that torch gives them, and the dtype that its iterations compute in."""
+        return {
+            "lr": self.muon_lr,
+            "weight_decay": self.muon_weight_decay,
+            "momentum": self.muon_momentum,
+            "nesterov": self.muon_nesterov,
+            "ns_steps": self.muon_ns_steps,
+            "ns_coefficients": self.muon_ns_coefficients,
+            "eps": self.muon_eps,
+            "adjust_lr_fn": self.muon_adjust_lr_fn,
+            "ns_dtype": "bfloat16" if self.enable_mixed_precision else "float32",
+        }
+
     @rule("rmpad_with_pos_ids", "rmpad")
     def _one_description_of_packing(self) -> str | None:
         if self.rmpad and self.rmpad_with_pos_ids:
@@ -285,6 +331,42 @@ class TrainConfig(Section):
                 f"nothing is left for the decay: set lr_warmup_ratio to less than {self.lr_decay_ratio:g}, "
                 "or lr_decay_style to constant"
             )
+        return None
+
+    @rule("lr_stable_ratio", "lr_warmup_ratio", "lr_decay_ratio", "lr_decay_style")
+    def _stable_phase_lies_between(self) -> str | None:
+        if self.lr_decay_style == "wsd" and not self.lr_warmup_ratio <= self.lr_stable_ratio < self.lr_decay_ratio:
+            return (
+                "wsd warms up, stays and then decays: set lr_stable_ratio to at least "
+                f"{self.lr_warmup_ratio:g} (lr_warmup_ratio) and less than {self.lr_decay_ratio:g} (lr_decay_ratio)"
+            )
+        return None
+
+    @rule("lr", "muon_lr")
+    def _muon_follows_the_schedule(self) -> str | None:
+        if self.lr == 0 and self.muon_lr:
+            return "muon_lr follows the schedule of lr in proportion: set lr above 0"
+        return None
+
+    @rule("optimizer", "data_parallel_mode")
+    def _whole_matrices_or_shards_of_them(self) -> str | None:
+        if self.optimizer in ("adamw_8bit", "adafactor", "muon") and self.data_parallel_mode == "fsdp1":
+            return (
+                "fsdp1 cuts parameters without regard to their shapes: set data_parallel_mode to fsdp2, or optimizer "
+                "to adamw"
+            )
+        return None
+
+    @rule("optimizer", "enable_fsdp_offload")
+    def _states_stay_on_the_device(self) -> str | None:
+        if self.optimizer in ("adamw_8bit", "adafactor", "muon") and self.enable_fsdp_offload:
+            return f"{self.optimizer} computes on the device: set enable_fsdp_offload to false, or optimizer to adamw"
+        return None
+
+    @rule("ema_decay", "data_parallel_mode")
+    def _average_needs_shapes(self) -> str | None:
+        if self.ema_decay is not None and self.data_parallel_mode == "fsdp1":
+            return "the average is kept of whole parameters or shards: set data_parallel_mode to fsdp2, or this to null"
         return None
 
     @rule("lr_min", "lr", "lr_decay_style")
