@@ -30,7 +30,7 @@ class DataConfig(Section):
     )
     eval_path: str | None = Field(
         default=None,
-        description="Held-out data that the model is evaluated on by generation at the end; null for none.",
+        description="Held-out data for validations, and for an evaluation by generation at the end; null for none.",
     )
     train_size: int = Field(
         default=10_000_000, ge=1, description="Tokens an epoch, from which the steps follow when `train.dyn_bsz` is on."

@@ -141,12 +141,12 @@ class TrainConfig(Section):
     enable_reentrant: bool = Field(
         default=False,
         json_schema_extra={"legacy": "gradient checkpointing is never the reentrant one, which hooks do not survive"},
-        description="Whether gradient checkpointing is torch's reentrant one."
+        description="Whether gradient checkpointing is torch's reentrant one.",
     )
     enable_fused_loss: bool = Field(
         default=True,
-        description="Whether the loss is computed in chunks of tokens, without the logits of a whole row; `false` for a "
-        "model whose head does more than that knows.",
+        description="Whether the loss is computed in chunks of tokens, without the logits of a whole row; `false` for "
+        "a model whose head does more than that knows.",
     )
     enable_full_shard: bool = Field(
         default=True,
@@ -221,24 +221,77 @@ class TrainConfig(Section):
     )
     save_steps: int = Field(default=0, ge=0, description="Steps between two checkpoints; 0 for none between epochs.")
     save_epochs: int = Field(default=1, ge=0, description="Epochs between two checkpoints; 0 for none at their ends.")
+    keep_last: int | None = Field(
+        default=None, ge=1, description="Newest checkpoints that are kept, besides the best; null keeps all."
+    )
+    eval_steps: int = Field(
+        default=0, ge=0, description="Steps between two validations on `data.eval_path`; 0 for none between epochs."
+    )
+    eval_epochs: int = Field(default=0, ge=0, description="Epochs between two validations; 0 for none at their ends.")
+    eval_answers: int = Field(
+        default=0,
+        ge=0,
+        description="Questions of `data.eval_path` that a validation answers by generation, with an exported model; 0 "
+        "for its loss alone.",
+    )
+    best_metric: Literal["loss", "accuracy"] | None = Field(
+        default=None,
+        description="Figure of the validations by which the best checkpoint is chosen, saved and kept; null for none.",
+    )
     save_hf_weights: bool = Field(
-        default=True, description="Whether the last checkpoint is exported as a Hugging Face folder at the end."
+        default=True, description="Whether a checkpoint is exported as a Hugging Face folder at the end."
+    )
+    export_checkpoint: Literal["last", "best"] = Field(
+        default="last", description="Which checkpoint that is: the last, or the best by `train.best_metric`."
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of weights, data order and dropout.")
     enable_compile: bool = Field(
         default=False, description="Whether the model's blocks are compiled by `torch.compile`."
     )
-    use_wandb: bool = Field(default=False, description="Whether metrics are sent to Weights & Biases.")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(),
+        description="Where metrics go besides `metrics.jsonl`: `tensorboard` (into the run folder), `wandb`. One that "
+        "fails is left out, the run goes on.",
+    )
+    use_wandb: bool = Field(default=False, description="Whether `wandb` is one of the trackers.")
     wandb_project: str = Field(default="VeOmni", min_length=1, description="Project of the run at Weights & Biases.")
     wandb_name: str | None = Field(
         default=None, description="Name of the run at Weights & Biases; null lets it choose."
     )
+    bad_step: Literal["stop", "skip", "ignore"] = Field(
+        default="stop",
+        description="What becomes of a step whose loss or gradient is NaN, infinite or a spike: the run ends before it "
+        "is applied (`stop`), it is left out on all ranks (`skip`), or nobody looks (`ignore`).",
+    )
+    max_bad_steps: int = Field(
+        default=10, ge=1, description="Bad steps one after the other at which a run that skips them ends."
+    )
+    spike_sigma: float | None = Field(
+        default=None,
+        gt=0,
+        description="Standard deviations above the mean of the last `train.spike_window` good steps from which on a "
+        "loss or a gradient norm is a spike; null for no such rule.",
+    )
+    spike_window: int = Field(default=128, ge=4, description="Steps that a spike is judged by; half of them at least.")
+    hang_timeout: float = Field(
+        default=1800.0,
+        ge=0,
+        description="Seconds without a step after which several ranks end together and say which of them is where; 0 "
+        "for never. A step, a checkpoint and a validation must take less.",
+    )
     enable_profiling: bool = Field(default=False, description="Whether a few steps are traced by torch's profiler.")
-    profile_start_step: int = Field(default=1, ge=0, description="First step that is traced.")
-    profile_end_step: int = Field(default=2, ge=1, description="Step at which tracing ends.")
-    profile_trace_dir: str = Field(default="./trace", min_length=1, description="Folder of the traces.")
+    profile_start_step: int = Field(default=1, ge=0, description="First step that is traced, from 1.")
+    profile_end_step: int = Field(default=2, ge=1, description="Step before which tracing ends.")
+    profile_trace_dir: str = Field(
+        default="./trace",
+        min_length=1,
+        description="Folder of the traces (`.json.gz`, for Perfetto or chrome://tracing), from `train.output_dir`.",
+    )
     profile_record_shapes: bool = Field(default=True, description="Whether the traces hold the shapes of tensors.")
-    profile_profile_memory: bool = Field(default=True, description="Whether the traces hold allocations of memory.")
+    profile_profile_memory: bool = Field(
+        default=True,
+        description="Whether the traces hold allocations of memory; on CUDA a snapshot of it is written too.",
+    )
     profile_with_stack: bool = Field(default=True, description="Whether the traces hold lines of Python code.")
     profile_rank0_only: bool = Field(default=True, description="Whether only rank 0 is traced.")
     max_steps: int | None = Field(
@@ -373,6 +426,24 @@ class TrainConfig(Section):
     def _decay_goes_down(self) -> str | None:
         if self.lr_decay_style != "constant" and self.lr_min > self.lr:
             return f"the learning rate would grow: set lr_min to {self.lr} or less"
+        return None
+
+    @rule("export_checkpoint", "best_metric")
+    def _the_best_is_chosen_by_something(self) -> str | None:
+        if self.export_checkpoint == "best" and self.best_metric is None:
+            return "no checkpoint is the best one: set best_metric to loss, or export_checkpoint to last"
+        return None
+
+    @rule("best_metric", "eval_steps", "eval_epochs")
+    def _the_best_is_found_by_validations(self) -> str | None:
+        if self.best_metric is not None and not self.eval_steps and not self.eval_epochs:
+            return "nothing is validated that could be the best: set eval_epochs to 1, or best_metric to null"
+        return None
+
+    @rule("best_metric", "eval_answers")
+    def _accuracy_needs_answers(self) -> str | None:
+        if self.best_metric == "accuracy" and not self.eval_answers:
+            return "accuracy is that of answers: set eval_answers to 100, or best_metric to loss"
         return None
 
     @rule("profile_end_step", "profile_start_step", "enable_profiling")

@@ -43,12 +43,18 @@ class Watchdog:
         silence: seconds without a sign of life after which a rank is gone.
         on_hang: what a rank does with the report; None prints it on the lowest rank and ends the process with code 1.
             It is called in the watching thread.
+        before_end: called with the report on each rank before its process is ended so, such as to save what is known of
+            the step.
     """
 
     def __init__(
-        self, timeout: float = 600.0, silence: float = 20.0, on_hang: Callable[[str], None] | None = None
+        self,
+        timeout: float = 600.0,
+        silence: float = 20.0,
+        on_hang: Callable[[str], None] | None = None,
+        before_end: Callable[[str], None] | None = None,
     ) -> None:
-        self._timeout, self._silence, self._on_hang = timeout, silence, on_hang
+        self._timeout, self._silence, self._on_hang, self._before_end = timeout, silence, on_hang, before_end
         self._period = min(1.0, silence / 10, timeout / 5)
         self._what, self._last = "setup", time.monotonic()
         self._state = "alive"  # or "done", or "failed: ..."
@@ -172,7 +178,13 @@ class Watchdog:
         living = [rank for rank in range(self._ranks) if rank not in ended]
         if self._on_hang is not None:
             self._on_hang(sentence)
-        elif self._rank == min(living):
+            return
+        if self._before_end is not None:
+            try:
+                self._before_end(sentence)
+            except Exception:  # the run ends all the same
+                traceback.print_exc()
+        if self._rank == min(living):
             print(sentence, file=sys.stderr, flush=True)
             time.sleep(self._period)  # the sentence is out before a launcher ends this process for another's end
             os._exit(1)

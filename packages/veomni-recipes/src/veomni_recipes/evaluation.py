@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from veomni_ckpt import export_hf
 from veomni_data import Generation
 from veomni_models import OmniModel, OmniProcessor, drawing_options, reply
+
+from veomni_recipes.distributed import barrier, gather, rank, world_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,6 +179,31 @@ def answer_held_out(
         truth, wanted = prompt["answer"], len(prompt.get("targets", ()))
         answers.append(Answer(row, prompt.get("task", "question"), prompt["question"], each.text, truth, wanted, names))
     return answers
+
+
+def answer_in_training(
+    model: torch.nn.Module, processor: ProcessorMixin, prompts: Sequence[Mapping[str, Any]], folder: Path, count: int
+) -> dict[str, float]:
+    """The accuracies of `count` answers, spread over the prompts, of a model that is still trained.
+
+    Every rank calls it. The model is exported for that into a folder that is deleted afterwards, and loaded by each
+    rank, which answers its share.
+
+    Args:
+        model: wrapped.
+        processor: of the model.
+        prompts: made by `multimodal_prompt`.
+        folder: to export into, of the run.
+        count: of answers; no more than there are prompts.
+    """
+    export_hf(model, folder, assets=[processor])
+    rows = range(0, len(prompts), max(1, len(prompts) // count))[:count]
+    own = rows[rank() :: world_size()]
+    answers = [*chain(*gather(answer_held_out(folder, prompts, own, folder / "drawings")))]
+    if rank() == 0:
+        shutil.rmtree(folder)
+    barrier()
+    return accuracies(answers)
 
 
 def save_pictures(pictures: Sequence[Image], folder: Path, name: str) -> list[Path]:

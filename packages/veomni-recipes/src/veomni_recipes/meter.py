@@ -101,14 +101,13 @@ class Meter:
         self._sources: list[Tensor] = []
         self._by_source: Tensor | None = None
         assert self._loader is not None
-        given = self._loader.given_sources() if len(self._names) > 1 else []
-        for name in self._names if given else ():
-            seen = sum(tokens for each in given for source, tokens in each if source == name)
-            self._sums["source_tokens", name] = own * seen
+        if len(self._names) > 1:
+            counted = self._loader.counts()["tokens"]
+            self._sums |= {("shares", name): own * counted[name] for name in self._names}
         if self._losses is None:
             return
         targets = torch.zeros(len(self._names), dtype=torch.float64)
-        for batch, samples in zip(micro_batches, given, strict=True):
+        for batch, samples in zip(micro_batches, self._loader.given_sources(), strict=True):
             ids = source_of_tokens(batch, samples, self._names)
             targets.index_add_(0, ids.flatten(), (batch["shift_labels"] != -100).flatten().double())
             self._sources.append(self._slice(ids).to(self._device, non_blocking=True))
@@ -135,7 +134,7 @@ class Meter:
         """
         now, before = time.monotonic(), self._last
         self._last = now
-        equal: dict[Name, Any] = {"loss": loss, "grad_norm": grad_norm} | self._expert_load()
+        equal: dict[Name, Any] = {"loss": loss, "grad_norm": grad_norm, **self._expert_load()}
         sums: dict[Name, Any] = dict(self._sums)
         sums |= {("losses", name): self._mine * part for name, part in self._parts.items()}
         if self._by_source is not None:
@@ -189,14 +188,14 @@ class Meter:
             made["mfu"] = share
         if parts := _group(values, "losses"):
             made["losses"] = parts
-        if seen := _group(values, "source_tokens"):
-            made["source_tokens"] = {name: int(count) for name, count in seen.items()}
+        if seen := _group(values, "shares"):
+            made["shares"] = {name: round(count / max(1.0, sum(seen.values())), 6) for name, count in seen.items()}
         totals, counts = _group(values, "source_losses"), _group(values, "source_targets")
         if by_source := {n: totals[n] / counts[n] for n in totals if counts[n]}:
             made["losses_by_source"] = by_source
         return made | {key: values[key] for key in ("expert_load", "idle_experts") if key in values}
 
-    def _expert_load(self) -> dict[Name, Any]:
+    def _expert_load(self) -> dict[str, Any]:
         """Of all layers with experts: the busiest expert's tokens over the mean, and the share that got none."""
         loads = tokens_per_expert(self._model, self._state) if self._model is not None else {}
         if not loads:

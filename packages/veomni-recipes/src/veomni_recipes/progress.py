@@ -72,18 +72,27 @@ class Progress:
         """Tokens of all ranks together, on average since this process began to train."""
         return self._new_tokens / max(1e-9, self._last - self._began)
 
-    def state(self, loader: DataLoader) -> dict[str, Any]:
-        """All of a run but its model and optimizer, as a checkpoint's `extra_state`; every rank gets the same."""
+    def state(self, loader: DataLoader, **parts: Any) -> dict[str, Any]:
+        """All of a run but its model and optimizer, as a checkpoint's `extra_state`; every rank gets the same.
+
+        Args:
+            loader: of the training data.
+            parts: what else has a `state_dict()`, the same on all ranks.
+        """
         return {
             "progress": asdict(self),
             "loader": gather(loader.state_dict()),
             "rng": gather(torch.get_rng_state()),
+            **{name: part.state_dict() for name, part in parts.items()},
         }
 
-    def restore(self, state: Mapping[str, Any], loader: DataLoader) -> None:
-        """Go on where `state` was taken; a rank that was not there then keeps its random generator."""
+    def restore(self, state: Mapping[str, Any], loader: DataLoader, **parts: Any) -> None:
+        """Go on where `state` was taken; a rank, or a part, that was not there then stays as it is."""
         self.__dict__.update(state["progress"])
         loader.load_state_dict(state["loader"])
+        for name, part in parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
         if rank() < len(state["rng"]):
             torch.set_rng_state(state["rng"][rank()])
 

@@ -12,6 +12,7 @@ from typing import Any
 from veomni_config import ConfigError, Problem
 
 METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
 
 
 def open_run_folder(folder: Path, *, resume: bool) -> None:
@@ -34,10 +35,14 @@ def _make(folder: Path, resume: bool) -> None:
 class Metrics:
     """`metrics.jsonl`: one JSON object a step. A line that a killed run left after the resumed step is dropped."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """Keep what was written up to `step`, and go on behind it."""
-        path = folder / METRICS
-        write_json_lines(path, (line for line in read_metrics(folder) if line["step"] <= step))
+    def __init__(self, folder: Path, step: int, name: str = METRICS) -> None:
+        """Keep what was written up to `step`, and go on behind it.
+
+        Args:
+            name: of the file; `validation.jsonl` has a line for each step that was validated.
+        """
+        path = folder / name
+        write_json_lines(path, (line for line in read_metrics(folder, name) if line["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -46,9 +51,9 @@ class Metrics:
         self._file.flush()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
     """The lines of a run so far; a last line that was cut off is left out."""
-    path = folder / METRICS
+    path = folder / name
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

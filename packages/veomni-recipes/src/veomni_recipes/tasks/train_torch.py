@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = CheckpointManager(
         folder / "checkpoints", keep_last=cfg.train.keep_last, async_save=cfg.train.save_async
     )
-    black_box = BlackBox(folder, loader, state, model.config, [tokenizer])
-    guard = Guard(cfg.train, black_box, model)
+    black_box = BlackBox(folder, loader, state, model, [tokenizer])
+    guard = Guard(cfg.train, black_box)
     validation = Validation(
         cfg,
         train_data,

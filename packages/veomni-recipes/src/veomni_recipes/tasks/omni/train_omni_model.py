@@ -193,8 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = CheckpointManager(
         folder / "checkpoints", keep_last=cfg.train.keep_last, async_save=cfg.train.save_async
     )
-    black_box = BlackBox(folder, loader, state, model.config, [processor])
-    guard = Guard(cfg.train, black_box, model)
+    black_box = BlackBox(folder, loader, state, model, [processor])
+    guard = Guard(cfg.train, black_box)
     validation = Validation(
         cfg,
         train_data,

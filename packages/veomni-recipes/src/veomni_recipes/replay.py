@@ -1,0 +1,239 @@
+"""A step of a run once more, on one device: the loss of each sample, and where the first number is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from veomni_ckpt import CheckpointManager
+from veomni_data import DataDescription, build_pipeline, read_ledger
+from veomni_data import replay as replay_rows
+from veomni_models import OmniModel, build_foundation_model, is_omni_folder
+from veomni_parallel import build_parallelize_model, count_targets, init_parallel_state
+
+from veomni_recipes.black_box import FOLDER, WEIGHTS, read_boxes, set_random_states
+from veomni_recipes.distributed import to_device
+from veomni_recipes.errors import TrainingError
+
+_MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "target_pixel_values")
+
+
+@dataclass
+class ReplayedSample:
+    """A sample of the step, run alone.
+
+    Attributes:
+        rank: that was given it.
+        place: its file and line.
+        tokens, targets: how many.
+        media: tensors of pictures, videos and sounds that it has, by their names.
+        loss: mean over its targets, nats.
+    """
+
+    rank: int
+    place: str
+    tokens: int
+    targets: int
+    media: list[str]
+    loss: float
+
+
+@dataclass
+class Replayed:
+    """A step that was run again.
+
+    Attributes:
+        step: of the run.
+        reason: why it was written down.
+        weights: where those that it was run with are from.
+        losses: of the packed rows, by rank: sums over targets divided by the step's number of targets.
+        samples: each alone.
+        first: the first thing that is not finite, in the order in which they are computed; None if all is.
+    """
+
+    step: int
+    reason: str
+    weights: str
+    losses: dict[int, float] = field(default_factory=dict)
+    samples: list[ReplayedSample] = field(default_factory=list)
+    first: str | None = None
+
+
+def replay_step(run: Path, step: int | None = None) -> Replayed:
+    """Run a step again of which the run has left a black box, on this process's device.
+
+    Args:
+        run: its folder.
+        step: which; None: the newest that is there.
+
+    Raises:
+        TrainingError: there is none, or no weights to run it with.
+        DataError: the data are not there any more, or not those of the run.
+    """
+    boxes = read_boxes(run)
+    if not boxes:
+        raise TrainingError(f"{run} has no {FOLDER}: no step of it went wrong")
+    step = step if step is not None else max(boxes)
+    if step not in boxes:
+        raise TrainingError(f"{run} has no {FOLDER} of step {step}: there is {', '.join(map(str, boxes))}")
+    box, folder = boxes[step], run / FOLDER / f"step_{step}"
+    device = torch.device(torch.accelerator.current_accelerator() or "cpu") if _accelerated() else torch.device("cpu")
+    model, weights = _load_model(run, folder, step, device)
+    if _computes_in_bfloat16(run):
+        model = build_parallelize_model(model, init_parallel_state(device_type=device.type), mixed_precision="bf16")
+    else:
+        model = build_parallelize_model(model, init_parallel_state(device_type=device.type))
+
+    description = read_ledger(run).manifest["description"]
+    pipeline = build_pipeline(DataDescription.from_dict(description))
+    made = Replayed(step, box[0]["reason"], weights)
+    targets = sum(b["targets"] for each in _one_of_each_row(box) for b in each["micro_batches"])
+    for each in _one_of_each_row(box):
+        rank = each["rank"]
+        settings = read_ledger(run).find(step, each["dp_rank"])[0].settings
+        collate = pipeline.collator(settings["packing"])
+        by_row: Any = list  # the samples as they are, in place of a batch
+        rows: list[Any] = replay_rows(pipeline.dataset(), run, step, each["dp_rank"], collate=by_row)
+        set_random_states(torch.load(folder / f"rank_{rank}.rng.pt", weights_only=True), device)
+        made.losses[rank] = 0.0
+        for samples in rows:
+            batch = to_device(collate(samples), device)
+            with first_nonfinite(model, batch) as found:
+                loss = model(**batch, num_items_in_batch=targets, use_cache=False, **each["arguments"]).loss
+                loss.backward()
+            made.losses[rank] += float(loss)
+            made.first = made.first or next(iter(found), None)
+        model.zero_grad()
+        for samples, places in zip(rows, each["samples"], strict=True):
+            for sample, place in zip(samples, places, strict=True):
+                made.samples.append(_alone(model, collate, sample, rank, place, each["arguments"], device))
+    return made
+
+
+def describe(made: Replayed) -> Iterator[str]:
+    """Lines that say what a replay has found."""
+    yield f"step {made.step}: {made.reason}"
+    yield f"weights: {made.weights}"
+    for rank, loss in made.losses.items():
+        yield f"rank {rank}: its rows add {loss:.6g} to the loss of the step"
+        yield f"  {'loss':>10}  {'targets':>7}  {'tokens':>7}  sample"
+        for each in sorted((s for s in made.samples if s.rank == rank), key=_worst_first):
+            with_media = f" ({', '.join(each.media)})" if each.media else ""
+            yield f"  {each.loss:>10.4g}  {each.targets:>7,}  {each.tokens:>7,}  {each.place}{with_media}"
+    yield f"first that is not finite: {made.first}" if made.first else "all is finite in this replay"
+
+
+@contextmanager
+def first_nonfinite(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Inside, what is not finite is noted in the list, the first that is computed first.
+
+    Looked at are the batch, the parameters, the outputs of all modules in forward, and then the gradients of parameters
+    in the order of backward.
+    """
+    found: list[str] = []
+    for key, value in batch.items():
+        _note(found, f"{key} of the batch", value)
+    for name, parameter in model.named_parameters():
+        _note(found, f"the weight {name}", parameter)
+
+    def after(name: str, kind: str) -> Callable[..., None]:
+        def look(_: nn.Module, inputs: Any, output: Any) -> None:
+            if not found or not any(" in the output of " in each for each in found):
+                _note(found, f"the output of {name or 'the model'} ({kind})", output)
+
+        return look
+
+    def gradient(name: str) -> Callable[[Tensor], None]:
+        return lambda parameter: _note(found, f"the gradient of {name}", parameter.grad)
+
+    handles: list[Any] = [m.register_forward_hook(after(n, type(m).__name__)) for n, m in model.named_modules()]
+    handles += [
+        p.register_post_accumulate_grad_hook(gradient(n)) for n, p in model.named_parameters() if p.requires_grad
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(found: list[str], where: str, values: Any) -> None:
+    for tensor in tree_leaves(values):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+            continue
+        nans, infinities = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+        counts = " and ".join(f"{n:,} {what}" for n, what in ((nans, "NaN"), (infinities, "infinite")) if n)
+        found.append(f"{counts} of {tensor.numel():,} numbers in {where}")
+        return
+
+
+def _alone(
+    model: nn.Module,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    sample: Mapping[str, Any],
+    rank: int,
+    place: str,
+    arguments: Mapping[str, Any],
+    device: torch.device,
+) -> ReplayedSample:
+    batch = collate([dict(sample)])
+    targets = count_targets([batch])
+    with torch.no_grad():
+        on_device = to_device(batch, device)
+        loss = model(**on_device, num_items_in_batch=max(1, targets), use_cache=False, **arguments).loss
+    media = [key for key in _MEDIA if key in sample]
+    return ReplayedSample(rank, place, batch["input_ids"].numel(), targets, media, float(loss))
+
+
+def _load_model(run: Path, folder: Path, step: int, device: torch.device) -> tuple[Any, str]:
+    """The model with the weights of the step, or of the newest checkpoint before it; and which these are."""
+    omni = is_omni_folder(folder)
+    if (folder / WEIGHTS).is_dir():
+        if omni:
+            model: Any = OmniModel.from_pretrained(folder / WEIGHTS, attn_implementation="eager").to(device).train()
+        else:
+            model = build_foundation_model(folder / WEIGHTS, folder / WEIGHTS, init_device=str(device))
+        return model, f"those of the step ({folder / WEIGHTS})"
+    manager = CheckpointManager(run / "checkpoints")
+    saved = [int(path.name.removeprefix("global_step_")) for path in manager.folder.glob("global_step_*")]
+    before = [number for number in saved if number < step]
+    if not before:
+        raise TrainingError(
+            f"{folder} has no {WEIGHTS}, as its ranks could not save them together, and {manager.folder} has no "
+            f"checkpoint before step {step}: there is nothing to run it with"
+        )
+    if omni:
+        from transformers import AutoConfig
+
+        model = OmniModel(AutoConfig.from_pretrained(folder)).to(device).train()
+    else:
+        model = build_foundation_model(folder, init_device=str(device))
+    manager.load(max(before), model)
+    return model, f"those of the checkpoint of step {max(before)}, {step - 1 - max(before)} steps before this one began"
+
+
+def _one_of_each_row(box: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One rank of those that share their rows."""
+    return [*{each["dp_rank"]: each for each in reversed(box)}.values()][::-1]
+
+
+def _computes_in_bfloat16(run: Path) -> bool:
+    import yaml
+
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return bool(config["train"].get("enable_mixed_precision", True))
+
+
+def _accelerated() -> bool:
+    return torch.accelerator.is_available()
+
+
+def _worst_first(sample: ReplayedSample) -> tuple[bool, float]:
+    finite = bool(torch.tensor(sample.loss).isfinite())
+    return finite, -sample.loss if finite else 0.0
