@@ -8,9 +8,6 @@ from veomni_config import ConfigError, Problem, RecipeConfig
 
 _NOWHERE = (
     "train.optimizer",
-    "train.enable_full_determinism",
-    "train.enable_profiling",
-    "train.use_wandb",
     "train.ep_outside",
 )
 OMNI = (
@@ -30,7 +27,7 @@ OMNI = (
 )
 TEXT = (
     *_NOWHERE,
-    "data.eval_path",
+    "train.eval_answers",
     "data.image_keys",
     "model.encoders",
     "model.decoders",
@@ -55,7 +52,14 @@ def refuse_without_effect(cfg: RecipeConfig, without: Sequence[str]) -> None:
         if getattr(values, name) != default:
             text = f"{getattr(values, name)!r} has no effect in this recipe; leave it at {default!r}"
             problems.append(Problem(key, text))
-    if cfg.data.eval_path and not cfg.train.save_hf_weights:
+    answers, validates = "train.eval_answers" not in without, cfg.train.eval_steps or cfg.train.eval_epochs
+    if validates and cfg.data.eval_path is None:
+        text = "there is nothing to validate on: set data.eval_path to held-out data, or this to 0"
+        problems.append(Problem("train.eval_steps" if cfg.train.eval_steps else "train.eval_epochs", text))
+    if cfg.data.eval_path and not answers and not validates:
+        text = "this recipe validates on it in training alone: set train.eval_epochs to 1, or this to null"
+        problems.append(Problem("data.eval_path", text))
+    if cfg.data.eval_path and answers and not cfg.train.save_hf_weights:
         text = (
             "the held-out data are answered by the exported model: set train.save_hf_weights to true, or this to null"
         )
