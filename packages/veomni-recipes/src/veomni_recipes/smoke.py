@@ -14,12 +14,34 @@ from typing import Any
 import yaml
 from veomni_config import ConfigError, OmniRecipeConfig, Problem, RecipeConfig, dump_config, parse_args
 
+from veomni_recipes.smoke_data import texts, write_conversations, write_media, write_texts
+
 ARCHITECTURES = {
     "Qwen/Qwen3-8B": "qwen3",
     "Qwen/Qwen3-8B-Base": "qwen3",
 }
 """Model types of the folders that shipped configurations name, which are not on this machine."""
 
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "image": {
+        "model_type": "siglip_vision_model",
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"image_size": 32, "patch_size": 8},
+    },
+    "audio": {
+        "model_type": "whisper",
+        **{"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48},
+        **{"num_mel_bins": 40, "max_source_positions": 50, "merge_size": 5},
+    },
+}
+_ENCODERS["video"] = _ENCODERS["image"]
+_DECODERS: dict[str, dict[str, Any]] = {
+    "image": {
+        "model_type": "janus_vqgan",
+        **{"num_embeddings": 64, "embed_dim": 8, "num_patches": 4, "channel_multiplier": [1, 1]},
+        **{"base_channels": 32, "latent_channels": 32, "num_res_blocks": 1},
+    }
+}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIAL += ["<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
 _CLASSES = {"train_omni_model": OmniRecipeConfig}
@@ -43,17 +65,20 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
     cfg = parse_args(_CLASSES.get(recipe, RecipeConfig), list(argv))
     folder.mkdir(parents=True, exist_ok=True)
     model, data = folder / "model", folder / "data.jsonl"
-    tokenizer = tiny_tokenizer(_texts())
+    tokenizer = tiny_tokenizer(texts())
     _tiny_model(cfg, len(tokenizer)).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    write = _write_texts if cfg.data.data_type == "plaintext" else _write_conversations
-    write(data, cfg.data.text_keys)
+    parts = _tiny_parts(cfg)
+    if parts:
+        write_media(data, cfg.data.text_keys, cfg.model.encoders, draw=bool(cfg.model.decoders))
+    else:
+        (write_texts if cfg.data.data_type == "plaintext" else write_conversations)(data, cfg.data.text_keys)
     return write_config(
         cfg,
         argv,
         processes,
         folder,
-        model={"model_path": str(model), "config_path": None, "tokenizer_path": None, "foundation": {}},
+        model={"model_path": str(model), "config_path": None, "tokenizer_path": None, "foundation": {}, **parts},
         data={"train_path": str(data), "max_seq_len": 256, "train_size": 100_000},
     )
 
@@ -109,18 +134,37 @@ def architecture(cfg: RecipeConfig) -> str:
 
 def _tiny_model(cfg: RecipeConfig, vocabulary: int) -> Any:
     from transformers import CONFIG_MAPPING
+    from transformers.utils.logging import disable_progress_bar
     from veomni_models import build_foundation_model, load_config, tiny_config
+
+    disable_progress_bar()
 
     kind = architecture(cfg)
     keys = {key: value for key, value in cfg.model.foundation.items() if key != "model_type"}
     config = tiny_config(load_config(None, {"model_type": kind, **keys}) if keys else CONFIG_MAPPING[kind]())
     text = config.get_text_config()
-    text.vocab_size = vocabulary
+    text.vocab_size = vocabulary + 128  # room for placeholders of media, and codes of pictures
     text.max_position_embeddings = 2048
     for key, value in keys.items():  # what is a choice and no size stays
         if isinstance(value, bool | str):
             setattr(config, key, value)
     return build_foundation_model(config, init_device="cpu")
+
+
+def _tiny_parts(cfg: RecipeConfig) -> dict[str, Any]:
+    """Encoders and decoders as they are configured, but for those whose folder is not here: a tiny one each."""
+    return {
+        name: {kind: tiny if _is_elsewhere(part) else part for kind, part in parts.items() if (tiny := known[kind])}
+        for name, parts, known in (
+            ("encoders", cfg.model.encoders, _ENCODERS),
+            ("decoders", cfg.model.decoders, _DECODERS),
+        )
+        if parts
+    }
+
+
+def _is_elsewhere(part: Mapping[str, Any]) -> bool:
+    return any(key in part and not Path(str(part[key])).is_dir() for key in ("config_path", "model_path"))
 
 
 def tiny_tokenizer(texts: Sequence[str], size: int = 1000) -> Any:
@@ -145,25 +189,3 @@ def tiny_tokenizer(texts: Sequence[str], size: int = 1000) -> Any:
     )
     fast.chat_template = get_chat_template("chatml", fast).source
     return fast
-
-
-def _texts() -> list[str]:
-    """Python's own documentation of its language: half a megabyte of text that is on every machine."""
-    from pydoc_data.topics import topics
-
-    return [part for text in topics.values() for part in text.split("\n\n\n")]
-
-
-def _write_texts(path: Path, key: str | None) -> None:
-    path.write_text("".join(json.dumps({key or "text": text}) + "\n" for text in _texts()), encoding="utf-8")
-
-
-def _write_conversations(path: Path, key: str | None) -> None:
-    from pydoc_data.topics import topics
-
-    lines = []
-    for name, text in topics.items():
-        for part in text.split("\n\n")[:12]:
-            question = {"role": "user", "content": f"What does the documentation say about {name}?"}
-            lines.append({key or "messages": [question, {"role": "assistant", "content": part[:500] or name}]})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
