@@ -93,7 +93,11 @@ def differences(model: nn.Module, expected: dict[str, torch.Tensor]) -> list[str
     return different
 
 
-def load_in_layout(kind: str, layout: str, folder: Path, broadcast: bool) -> Any:
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def load_in_layout(kind: str, layout: str, folder: Path, broadcast: bool, target: Path) -> Any:
     expected = {name: tensor.clone() for name, tensor in build(kind).state_dict().items()}
     model = fsdp2(build(kind, meta=True)) if layout == "fsdp2" else divide(build(kind), layout)
     if broadcast and dist.get_rank():
@@ -103,6 +107,8 @@ def load_in_layout(kind: str, layout: str, folder: Path, broadcast: bool) -> Any
     tied = head is embedding
     inputs = torch.arange(8)[None]
     logits = model(input_ids=inputs).logits.detach() if layout == "fsdp2" else None
+    if not broadcast:
+        export_hf(model, target, max_shard_size="20KB")
     return differences(model, expected), report, tied, logits
 
 
@@ -111,22 +117,28 @@ def load_in_layout(kind: str, layout: str, folder: Path, broadcast: bool) -> Any
     ("kind", "layout"),
     [("mixtral", "fsdp2"), ("mixtral", "ep"), ("mixtral", "tp"), ("qwen3_moe", "fsdp2"), ("qwen2_5_vl", "fsdp2")],
 )
-def test_what_transformers_saved_comes_into_every_layout(
+def test_what_transformers_saved_comes_into_every_layout_and_out_again(
     four_ranks: Ranks, tmp_path: Path, kind: str, layout: str, broadcast: bool
 ) -> None:
     """Experts that lie one by one and renamed keys; FSDP2 from the meta device, whose logits say that buffers are."""
     model = build(kind)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    names = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
+    model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    saved = load_all(tmp_path / "in")
     there = {"mixtral": ".block_sparse_moe.experts.0.w1.weight", "qwen3_moe": ".mlp.experts.3.up_proj.weight"}
-    assert any(name.endswith(there.get(kind, "")) for name in names)
-    assert kind != "qwen2_5_vl" or {"visual.patch_embed.proj.weight", "model.embed_tokens.weight"} <= names
+    assert any(name.endswith(there.get(kind, "")) for name in saved)
+    assert kind != "qwen2_5_vl" or {"visual.patch_embed.proj.weight", "model.embed_tokens.weight"} <= saved.keys()
     expected = model(input_ids=torch.arange(8)[None]).logits
-    for different, report, tied, logits in four_ranks.run(load_in_layout, kind, layout, tmp_path, broadcast):
+    for different, report, tied, logits in four_ranks.run(
+        load_in_layout, kind, layout, tmp_path / "in", broadcast, tmp_path / "out", timeout=240
+    ):
         assert different == []
         assert (report.missing, report.unexpected) == ([], [])
         assert tied == (kind == "qwen3_moe")
         assert logits is None or torch.allclose(logits, expected, atol=1e-5)
+    if not broadcast:
+        exported = load_all(tmp_path / "out")
+        assert exported.keys() == saved.keys()
+        assert [name for name in saved if not torch.equal(saved[name], exported[name])] == []
 
 
 def test_names_are_reported_as_transformers_does(tmp_path: Path) -> None:

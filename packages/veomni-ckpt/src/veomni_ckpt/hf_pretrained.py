@@ -22,7 +22,7 @@ from veomni_ckpt.lazy_tensors import Box, LazyTensor, box_sizes, row_blocks, who
 from veomni_ckpt.local_pieces import copy_common, local_pieces
 from veomni_ckpt.names import is_fsdp1, named_tensors, reshard, some, unwrap
 from veomni_ckpt.open_checkpoint import open_checkpoint
-from veomni_ckpt.safetensors_files import INDEX_NAME
+from veomni_ckpt.safetensors_files import STEMS, file_names, index_name
 from veomni_ckpt.stored_tensors import stored_tensors
 from veomni_ckpt.transformers_names import (
     convert_on_load,
@@ -77,7 +77,8 @@ def load_pretrained(
     Args:
         model: FSDP1: load before wrapping. What is on the meta device gets its memory here; buffers that are in no
             file (rotary frequencies) are then made by transformers' own rules.
-        hf_folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+        hf_folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names, or those
+            of diffusers.
         strict: False: names that do not fit are a warning; shapes that do not are an error always.
         broadcast_from_rank0: only rank 0 reads, and sends to all (of the default process group); the others need no
             folder.
@@ -164,11 +165,14 @@ def _nowhere(box: Box, out: torch.Tensor) -> None:
 
 
 def _open(folder: Path) -> Checkpoint:
-    """The folder's weights: `model.safetensors` if there is one, as transformers chooses, or what the index names."""
-    whole, index = folder / "model.safetensors", folder / INDEX_NAME
-    if not whole.is_file() and not index.is_file():
-        raise CheckpointError(f"{folder} has neither {whole.name} nor {index.name}: it is no Hugging Face folder")
-    return open_checkpoint(whole if whole.is_file() else folder)
+    """The folder's weights: one whole file if it is there, as transformers chooses, or what the index names."""
+    for stem in STEMS:
+        whole = folder / file_names(1, stem)[0]
+        if whole.is_file():
+            return open_checkpoint(whole)
+        if (folder / index_name(stem)).is_file():
+            return open_checkpoint(folder)
+    raise CheckpointError(f"{folder} has neither {file_names(1)[0]} nor {index_name()}: it is no Hugging Face folder")
 
 
 def _plan(model: nn.Module, stored: dict[str, LazyTensor], folder: Path, strict: bool) -> _Plan:

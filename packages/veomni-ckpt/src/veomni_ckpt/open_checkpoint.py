@@ -16,7 +16,7 @@ from veomni_ckpt.checkpoint import Checkpoint, Piece, Tensor
 from veomni_ckpt.dcp_checkpoint import open_dcp
 from veomni_ckpt.dtypes import Dtype
 from veomni_ckpt.errors import CheckpointError, DamagedCheckpointError
-from veomni_ckpt.safetensors_files import INDEX_NAME, Header, read_header
+from veomni_ckpt.safetensors_files import STEMS, Header, index_name, read_header
 from veomni_ckpt.tiling import Box, fault_of_tiling
 
 Shape = tuple[int, ...]
@@ -55,7 +55,7 @@ def _open(path: Path) -> Checkpoint:
     if ranks := sorted((name for name in names if _RANK_METADATA.fullmatch(name)), key=lambda name: int(name[2:-9])):
         return open_dcp(path, [path / name for name in ranks], "DCP folder with metadata of each rank")
     files = [path / name for name in names if name.endswith(".safetensors")]
-    if not files and INDEX_NAME not in names:
+    if not files and not {index_name(stem) for stem in STEMS}.intersection(names):
         steps = sorted((int(name[12:]), name) for name in names if re.fullmatch(r"global_step_\d{1,18}", name))
         hint = f": give one of its checkpoints, such as {path / steps[-1][1]}" if steps else ""
         raise CheckpointError(f"{path} has no .metadata file and no safetensors: it is no checkpoint{hint}")
@@ -90,8 +90,8 @@ def _open_safetensors(path: Path, files: list[Path], kind: str) -> Checkpoint:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Name of each tensor -> name of its file, as the index of a folder says; empty if there is none."""
-    index = path / INDEX_NAME
-    if not index.is_file():
+    index = next((path / index_name(stem) for stem in STEMS if (path / index_name(stem)).is_file()), None)
+    if index is None:
         return {}
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])

@@ -22,7 +22,8 @@ Shape = tuple[int, ...]
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 ALIGNMENT = 4_096
-INDEX_NAME = "model.safetensors.index.json"
+# how the files of a model are called by transformers, and by diffusers
+STEMS = ("model", "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +145,19 @@ def make_header(
     return head, {name: len(head) + begin for name, begin in begins.items()}
 
 
-def file_names(count: int) -> list[str]:
-    """The names that transformers gives to the `count` files of a model."""
+def file_names(count: int, stem: str = STEMS[0]) -> list[str]:
+    """The names that transformers gives to the `count` files of a model; diffusers with another stem."""
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def write_index(folder: Path, total_size: int, weight_map: dict[str, str]) -> None:
+def index_name(stem: str = STEMS[0]) -> str:
+    """The name of the index of several files."""
+    return f"{stem}.safetensors.index.json"
+
+
+def write_index(folder: Path, total_size: int, weight_map: dict[str, str], stem: str = STEMS[0]) -> None:
     """Write the index that says which of several files holds a tensor; `total_size` in bytes."""
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / index_name(stem)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
