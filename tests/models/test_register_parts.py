@@ -1,4 +1,4 @@
-"""The README's encoder and projector of one's own."""
+"""The README's encoder, projector and decoder of one's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from transformers import SiglipVisionModel
 from veomni_models import LinearProjector, MLPProjector, ModelError, register_encoder, register_projector
 
 README = Path(__file__).parents[2] / "packages" / "veomni-models" / "README.md"
-SNIPPET = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+(SNIPPET,) = (snippet for snippet in SNIPPETS if "register_encoder(" in snippet)
+(DRAWING,) = (snippet for snippet in SNIPPETS if "register_decoder(" in snippet)
+
+SAVE_AND_DRAW = """
+import sys
+from veomni_models import OmniModel
+
+assert answer.token_ids == [] and answer.pictures[0].mean() > 0.9
+model.save_pretrained(sys.argv[1])
+again = OmniModel.from_pretrained(sys.argv[1]).eval()
+options = {"eos_token_id": 9, "pad_token_id": 0, "drawing": DrawingOptions(guidance_scale=1.0), "max_new_tokens": 4}
+torch.testing.assert_close(reply(again, prompt, **options)[0].pictures[0], answer.pictures[0], rtol=0, atol=2e-6)
+"""
 
 SAVE_AND_CALL = """
 import sys
@@ -42,6 +55,14 @@ def test_an_encoder_and_a_projector_of_ones_own_are_short_and_train_and_are_save
     done = subprocess.run(command, capture_output=True, text=True, cwd=README.parents[2], env=env)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 3, 100])" in done.stdout
+
+
+def test_a_decoder_of_ones_own_is_short_and_learns_to_draw_and_is_saved(tmp_path: Path) -> None:
+    for part in re.findall(r"^class .*?(?=^\S)", DRAWING, re.DOTALL | re.MULTILINE):
+        assert len(part.splitlines()) < 60
+    command = [sys.executable, "-c", DRAWING + SAVE_AND_DRAW, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_that_are_taken_or_do_not_fit_are_refused() -> None:

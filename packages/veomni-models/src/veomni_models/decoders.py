@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -110,6 +110,38 @@ def build_picture_decoder(keys: Mapping[str, Any], *, seed: int = 0) -> Any:
 def is_discrete(config: PreTrainedConfig) -> bool:
     """Whether pictures are codes that the foundation predicts as tokens of its vocabulary."""
     return hasattr(decoder_class(config), "codes")
+
+
+def check_encoding(
+    encoders: Collection[str], decoders: Mapping[str, Any], input_encoder: str, output_encoder: str, encode_target: bool
+) -> None:
+    """ModelError for a choice of what encodes pictures that these parts cannot make.
+
+    Args:
+        encoders: the modalities with an encoder.
+        decoders: as `OmniConfig.decoders`.
+        input_encoder, output_encoder, encode_target: as for `build_omni_model`.
+    """
+    config = decoders["image"]["config"] if "image" in decoders else None
+    found = "there is none" if config is None else f"a {config.model_type} has no codes of pictures"
+    encodes = config is not None and is_discrete(config)
+    for name, value in (("input_encoder", input_encoder), ("output_encoder", output_encoder)):
+        if value not in ("encoder", "decoder"):
+            raise ModelError(f"model.{name}: {value!r} must be 'encoder' or 'decoder'")
+    if input_encoder == "decoder" and not encodes:
+        raise ModelError(f"model.input_encoder: 'decoder' needs a discrete model.decoders.image, but {found}")
+    if input_encoder == "decoder" and "image" in encoders:
+        raise ModelError("model.input_encoder: 'decoder' has no use for model.encoders.image: leave one of them out")
+    if output_encoder == "encoder":
+        raise ModelError(
+            "model.output_encoder: an encoder's features of a whole picture would show the model what it is to draw: "
+            "leave it at 'decoder'"
+        )
+    if encode_target and not encodes:
+        raise ModelError(
+            f"model.encode_target: only a discrete model.decoders.image encodes what it draws, but {found}: set it to "
+            f"false"
+        )
 
 
 def picture_size(config: PreTrainedConfig) -> tuple[int, int]:

@@ -70,7 +70,7 @@ def load_config(
 
 def _check_keys(config: PreTrainedConfig, keys: Mapping[str, Any]) -> None:
     for key in keys:
-        if not hasattr(config, key):
+        if not hasattr(config, key) and key != "head_dim":  # which many models read though their config has it not
             raise ModelError(f"{key}: a {config.model_type} config has no such key{_nearest(key, config.to_dict())}")
 
 
@@ -211,17 +211,22 @@ def build_foundation_model(
         model = auto_class.from_pretrained(
             weights_path, config=config, dtype=torch_dtype, attn_implementation=attention
         )
-        _choose_experts(model, moe_implementation)
+        choose_experts(model, moe_implementation)
         return model.to(init_device).train()
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=torch_dtype, attn_implementation=attention)
-    _choose_experts(model, moe_implementation)
+    choose_experts(model, moe_implementation)
     if init_device != "meta":
         initialize_weights(model, seed, init_device)
     return model.train()
 
 
-def _choose_experts(model: PreTrainedModel, moe_implementation: str | None) -> None:
+def choose_experts(model: PreTrainedModel, moe_implementation: str | None) -> None:
+    """What computes the experts of a model, if it has a choice; see `build_foundation_model`.
+
+    Raises:
+        ModelError: a name that transformers does not know.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     name = {None: "grouped_mm", "auto": "grouped_mm", "fused": "grouped_mm"}.get(moe_implementation, moe_implementation)

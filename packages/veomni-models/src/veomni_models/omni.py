@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 
 from veomni_models.decoders import (
     build_decoder,
+    check_encoding,
     decoder_class,
     decoder_configs,
     is_discrete,
@@ -31,7 +32,7 @@ from veomni_models.decoders import (
     place_codes,
 )
 from veomni_models.errors import ModelError
-from veomni_models.foundation import attention_for, load_config, one_line
+from veomni_models.foundation import attention_for, choose_experts, load_config, one_line
 from veomni_models.initialization import copy_weights, initialize_weights
 from veomni_models.last_states import last_states
 from veomni_models.omni_config import MODALITIES, OmniConfig, encoder_configs, is_omni_folder
@@ -166,7 +167,8 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, S], with as many placeholders as the inputs have tokens, in their order.
             pixel_values: the pictures of all rows: [n, C, S, S], or patches [N, D] with `image_grid_thw` [n, 3], or
-                [n, P, D] with `pixel_attention_mask` [n, P] and `spatial_shapes` [n, 2], as the encoder takes them.
+                [n, P, D] with `pixel_attention_mask` [n, P] and `spatial_shapes` [n, 2], as the encoder takes them; or
+                [n, 3, S, S] in -1 .. 1 where the decoder reads them.
             pixel_values_videos: the frames of all videos: [F, C, S, S], or patches [N, D] with `video_grid_thw` [n, 3].
             input_features: log-mel frames of all sounds, [n, M, F], with `feature_attention_mask` [n, F].
             input_values: samples of all sounds, [N], with their `audio_lengths` [n].
@@ -234,9 +236,14 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the number of placeholders is not the number of features.
         """
+        by_codes = self.config.input_encoder == "decoder"
+        if by_codes and input_ids is not None:
+            input_ids = self._read_as_codes(input_ids, media.get("pixel_values"))
         embeds = self._embed_tokens(input_ids)
         for modality in MODALITIES:
             inputs = {key: value for key in BATCH_KEYS[modality] if (value := media.get(key)) is not None}
+            if modality == "image" and by_codes:
+                continue
             if modality in self.config.encoders:
                 embeds = self._merge(embeds, input_ids, modality, inputs)
             elif inputs:
@@ -271,9 +278,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         if pictures is None:
             tokenizer.codes(self._blank_picture(input_ids.device))  # every rank runs every part
             return input_ids, labels, kwargs
-        codes = tokenizer.codes(pictures).flatten() + self.config.first_code_id
-        self._check_places(input_ids == token_id, len(pictures))
-        coded = place_codes(input_ids, token_id, codes)
+        coded = self._place_codes(input_ids, token_id, pictures, "target_pixel_values")
 
         def own(targets: Tensor | None, tokens: Tensor) -> Tensor | None:
             if targets is None:
@@ -286,6 +291,19 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             kwargs = {**kwargs, "shift_labels": own(kwargs["shift_labels"], coded.roll(-1, dims=-1))}
         return coded, own(labels, coded), kwargs
 
+    def _read_as_codes(self, input_ids: Tensor, pictures: Tensor | None) -> Tensor:
+        """`input_ids` with the codes of pictures that are read, as tokens of the vocabulary, at their placeholders."""
+        if pictures is None:
+            if self.training:
+                self.decoders["image"].codes(self._blank_picture(input_ids.device))  # every rank runs every part
+            return input_ids
+        return self._place_codes(input_ids, self.config.image_token_id, pictures, "pixel_values")
+
+    def _place_codes(self, input_ids: Tensor, token_id: int, pictures: Tensor, key: str) -> Tensor:
+        codes = self.decoders["image"].codes(pictures).flatten() + self.config.first_code_id
+        self._check_places(input_ids == token_id, len(pictures), key)
+        return place_codes(input_ids, token_id, codes)
+
     def _without_pictures(self, labels: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
         """Labels of the text alone, with the number of all targets, which those of pictures are among."""
         token_id, kwargs = self.config.image_gen_token_id, dict(kwargs)
@@ -297,12 +315,12 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             kwargs["shift_labels"] = shifted.masked_fill(shifted == token_id, -100)
         return None if labels is None else labels.masked_fill(labels == token_id, -100), kwargs
 
-    def _check_places(self, places: Tensor, pictures: int) -> None:
+    def _check_places(self, places: Tensor, pictures: int, key: str = "target_pixel_values") -> None:
         wanted = pictures * picture_size(self.config.decoders["image"]["config"])[1]
         if int(places.sum()) != wanted:
             raise ValueError(
-                f"{int(places.sum())} tokens of pictures to draw in input_ids for {pictures} pictures of "
-                f"target_pixel_values, which have {wanted}"
+                f"{int(places.sum())} tokens of pictures to {'draw' if key == 'target_pixel_values' else 'read'} in "
+                f"input_ids for {pictures} pictures of {key}, which have {wanted}"
             )
 
     def _flow_loss(self, states: Tensor, places: Tensor, pictures: Tensor | None, seed: int | None) -> Tensor:
@@ -387,8 +405,12 @@ def build_omni_model(
     image_gen_token_id: int | None = None,
     image_gen_start_token_id: int | None = None,
     image_gen_end_token_id: int | None = None,
+    input_encoder: str = "encoder",
+    output_encoder: str = "decoder",
+    encode_target: bool = False,
     torch_dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = "auto",
+    moe_implementation: str | None = "auto",
     init_device: str = "meta",
     seed: int = 0,
 ) -> OmniModel:
@@ -411,10 +433,15 @@ def build_omni_model(
             modality with an encoder needs its own.
         image_gen_token_id, image_gen_start_token_id, image_gen_end_token_id: the placeholder of pictures to draw, and
             what stands around them; needed with a decoder.
-        torch_dtype, attn_implementation, init_device, seed: as in `build_foundation_model`.
+        input_encoder: what turns pictures that are read into tokens: `encoder`, or `decoder`: a discrete decoder, whose
+            codes then stand for them as for those that are drawn.
+        output_encoder: what turns pictures that are to be drawn into targets: `decoder`.
+        encode_target: a discrete decoder always encodes what is to be drawn; true makes sure that there is one.
+        torch_dtype, attn_implementation, moe_implementation, init_device, seed: as in `build_foundation_model`.
 
     Raises:
-        ModelError: a folder or config cannot be used, an unknown modality, or a vocabulary that is too small.
+        ModelError: a folder or config cannot be used, an unknown modality, a vocabulary that is too small, or parts
+            that cannot encode pictures as they are to.
     """
     folder = path or weights_path
     if folder is None:
@@ -431,10 +458,14 @@ def build_omni_model(
             image_gen_token_id,
             image_gen_start_token_id,
             image_gen_end_token_id,
+            input_encoder=input_encoder,
         )
+    check_encoding(config.encoders, config.decoders, config.input_encoder, output_encoder, encode_target)
     for modality in config.encoders:
         if getattr(config, f"{modality}_token_id") is None:
             raise ModelError(f"model.encoders.{modality}: no {modality}_token_id was given, which it is to replace")
+    if config.input_encoder == "decoder" and config.image_token_id is None:
+        raise ModelError("model.input_encoder: no image_token_id was given, which the codes are to replace")
     if config.decoders and None in (config.image_gen_token_id, config.image_gen_start_token_id):
         raise ModelError("model.decoders.image: no image_gen_token_id and image_gen_start_token_id were given")
     own_vocab_size = config.text_config.vocab_size
@@ -454,6 +485,7 @@ def build_omni_model(
     attention = attention_for(attn_implementation)
     with torch.device("meta"):
         model = OmniModel._from_config(config, dtype=torch_dtype, attn_implementation=attention)
+    choose_experts(model.foundation, moe_implementation)
     if init_device != "meta":
         initialize_weights(model, seed, init_device)
         if weights_path is not None:

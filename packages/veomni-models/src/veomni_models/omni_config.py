@@ -31,6 +31,8 @@ class OmniConfig(PreTrainedConfig):
         image_gen_token_id, image_gen_start_token_id, image_gen_end_token_id: the placeholder of a picture to draw,
             which stands as often as the decoder has tokens, and what stands before and behind.
         first_code_id: where the codes of a discrete decoder begin in the foundation's vocabulary.
+        input_encoder: `encoder`, or `decoder`: pictures that are read become codes of the discrete decoder too, without
+            an encoder.
     """
 
     model_type = "veomni_omni"
@@ -47,6 +49,7 @@ class OmniConfig(PreTrainedConfig):
         image_gen_start_token_id: int | None = None,
         image_gen_end_token_id: int | None = None,
         first_code_id: int | None = None,
+        input_encoder: str = "encoder",
         **kwargs: Any,
     ) -> None:
         self.text_config = _as_config(text_config)
@@ -63,6 +66,7 @@ class OmniConfig(PreTrainedConfig):
         }
         self.image_gen_token_id, self.first_code_id = image_gen_token_id, first_code_id
         self.image_gen_start_token_id, self.image_gen_end_token_id = image_gen_start_token_id, image_gen_end_token_id
+        self.input_encoder = input_encoder
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:

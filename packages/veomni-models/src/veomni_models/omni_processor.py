@@ -29,7 +29,7 @@ from transformers import (
 from transformers.image_utils import make_flat_list_of_images
 from transformers.video_utils import make_batched_videos
 
-from veomni_models.decoders import decoder_configs, picture_size
+from veomni_models.decoders import check_encoding, decoder_configs, picture_size
 from veomni_models.errors import ModelError
 from veomni_models.foundation import build_tokenizer
 from veomni_models.omni_config import (
@@ -62,6 +62,7 @@ class OmniProcessor(ProcessorMixin):
         image_token, video_token, audio_token: stand for one picture, video or sound in a text; None = not taken.
         decoders: as `OmniConfig.decoders`, by which pictures to draw are made.
         image_gen_token, image_gen_start_token, image_gen_end_token: stand for a picture to draw, and around it.
+        input_encoder: as in `OmniConfig`.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class OmniProcessor(ProcessorMixin):
         image_gen_token: str | None = None,
         image_gen_start_token: str | None = None,
         image_gen_end_token: str | None = None,
+        input_encoder: str = "encoder",
     ) -> None:
         self.config = OmniConfig(encoders=encoders, decoders=decoders)
+        self.input_encoder = input_encoder
         self.encoders, self.decoders = plain_parts(self.config.encoders), plain_parts(self.config.decoders)
         for modality, token in zip(MODALITIES, (image_token, video_token, audio_token), strict=True):
             setattr(self, f"{modality}_token", token)
@@ -156,6 +159,8 @@ class OmniProcessor(ProcessorMixin):
         return self.config.encoders[encoder["share"]] if "share" in encoder else encoder
 
     def _keys(self, modality: str) -> list[str]:
+        if modality == "image" and self.input_encoder == "decoder":
+            return ["pixel_values"]
         taken = kind_of(self._encoder(modality)["config"]).inputs
         return [key for key, name in BATCH_KEYS[modality].items() if name in taken]
 
@@ -172,6 +177,10 @@ class OmniProcessor(ProcessorMixin):
         return BatchFeature(inputs), texts
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        if self.input_encoder == "decoder":
+            how, pictures = self.generation, make_flat_list_of_images(images)
+            made = how["image_processor"](pictures, return_tensors="pt")
+            return BatchFeature(dict(made)), [str(self.image_token) * how["tokens"]] * len(pictures)
         config = self._encoder("image")["config"]
         made = dict(self.image_processor(images, **{**kwargs, "return_tensors": "pt"}))
         if kind_of(config).name == "sizes":
@@ -227,6 +236,7 @@ def build_omni_processor(
     image_gen_token: str = "<image_gen>",
     image_gen_start_token: str = "<image_gen_start>",
     image_gen_end_token: str = "<image_gen_end>",
+    input_encoder: str = "encoder",
     chat_template: str | None = None,
 ) -> OmniProcessor:
     """The processor that fits `build_omni_model` with the same `encoders`.
@@ -238,10 +248,11 @@ def build_omni_processor(
         image_token, video_token, audio_token: added to the tokenizer, for each modality with an encoder, if not in it.
         decoders: as for `build_omni_model`.
         image_gen_token, image_gen_start_token, image_gen_end_token: likewise, if there are decoders.
+        input_encoder: as for `build_omni_model`; pictures that the decoder reads are scaled to its size.
         chat_template: Jinja source for a tokenizer that has none.
 
     Raises:
-        ModelError: a folder is missing, or there is no encoder and no decoder.
+        ModelError: a folder is missing, or there is no encoder and no decoder, or not the one that is to read pictures.
     """
     if tokenizer_path is None:
         raise ModelError("no tokenizer was given: set model.tokenizer_path to the folder of one")
@@ -252,9 +263,11 @@ def build_omni_processor(
         raise ModelError(f"{tokenizer_path}: the tokenizer has no pad_token and no eos_token: set one")
     if not encoders and not decoders:
         raise ModelError("model.encoders is empty: an omni processor needs an encoder of pictures, videos or sounds")
-    configs = encoder_configs(encoders)
+    configs, decoder_parts = encoder_configs(encoders), decoder_configs(decoders, None)
+    check_encoding(configs, decoder_parts, input_encoder, "decoder", False)
     tokens = {"image": image_token, "video": video_token, "audio": audio_token}
-    tokens = {modality: token for modality, token in tokens.items() if modality in configs}
+    taken = {*configs, *(["image"] if input_encoder == "decoder" else [])}
+    tokens = {modality: token for modality, token in tokens.items() if modality in taken}
     drawn = dict(zip(_GEN_TOKENS, (image_gen_token, image_gen_start_token, image_gen_end_token), strict=True))
     drawn = drawn if decoders else {}
     for token in [*tokens.values(), *drawn.values()]:
@@ -277,7 +290,8 @@ def build_omni_processor(
         chat_template,
         plain_parts(configs),
         **{f"{modality}_token": token for modality, token in tokens.items()},
-        decoders=plain_parts(decoder_configs(decoders, None)),
+        decoders=plain_parts(decoder_parts),
+        input_encoder=input_encoder,
         **drawn,
     )
 
