@@ -402,6 +402,51 @@ def test_a_picture_to_draw_needs_a_generation(processor: Any) -> None:
         )
 
 
+def test_a_pair_is_turned_around(processor: Any) -> None:
+    generation = drawing(processor)
+    question = [{"type": "image", "image": picture(2, 7)}, {"type": "text", "text": "what is it?"}]
+    for asked, images in (("<image>what is it?", [picture(2, 7)]), (question, None)):
+        sample = encode(processor, asked, images, "a cat", generation=generation, generation_ratio=1.0)
+        text, learnt = text_of(processor, sample)
+        assert text.startswith("<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n<b><|draw|>")
+        assert learnt == "<b></b><|im_end|>"
+        assert sample["target_pixel_values"].flatten().tolist() == [7]
+        assert "pixel_values" not in sample
+        read = encode(processor, asked, images, "a cat", generation=generation)
+        assert "target_pixel_values" not in read
+
+
+def test_as_many_pairs_are_turned_around_as_asked_and_the_same_ones_again(processor: Any) -> None:
+    generation = drawing(processor)
+
+    def drawn(images: list[Any]) -> list[bool]:
+        options = {"generation": generation, "generation_ratio": 0.3}
+        made = [encode(processor, "<image>what?", [image], f"{i % 7}", **options) for i, image in enumerate(images)]
+        return ["target_pixel_values" in sample for sample in made]
+
+    first = drawn([picture(2, i) for i in range(150)])
+    assert 0.2 < sum(first) / 150 < 0.4
+    assert drawn([picture(2, i) for i in range(150)]) == first
+    assert sum(a != b for a, b in zip(drawn([{"bytes": png(2, i)} for i in range(150)]), first, strict=True)) > 20
+
+
+@pytest.mark.parametrize(
+    ("messages", "images"),
+    [
+        (conversation("<image><image>which?"), 2),
+        ([*conversation("<image>which?"), *conversation("and now?")], 1),
+        (conversation("no picture"), 0),
+        (conversation("<image>again", "here: <image>"), 2),
+    ],
+)
+def test_what_is_no_pair_stays_as_it_is(processor: Any, messages: list[Any], images: int) -> None:
+    row = {"messages": messages, "images": [picture(2, i) for i in range(images)]}
+    template = get_chat_template("default", processor.tokenizer)
+    options = {"processor": processor, "template": template, "generation": drawing(processor)}
+    turned = encode_multimodal_sample(row, **options, generation_ratio=1.0)
+    assert turned["input_ids"].equal(encode_multimodal_sample(row, **options)["input_ids"])
+
+
 def test_the_prompt_of_a_drawing_has_its_targets_beside_it(processor: Any) -> None:
     generation = drawing(processor)
     template = get_chat_template("default", processor.tokenizer)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .chat_template import ChatTemplate, Span, content_text, mask_outside
 from .collators import IGNORED_LABEL, TOKEN_KEYS, Sample
 from .errors import DataError
+from .image_text_pairs import drawn_instead
 from .layouts import normalize_example
 from .pictures import load_picture
 from .placeholders import KINDS, Generation, Placed, place_media, without_markers
@@ -42,6 +43,7 @@ def encode_multimodal_sample(
     video_max_pixels: int | None = None,
     max_seconds: float | None = None,
     generation: Generation | None = None,
+    generation_ratio: float = 0.0,
     position_ids: Callable[[Sample], Tensor] | None = None,
 ) -> Sample:
     """A conversation with any number of pictures, videos and sounds, of which the assistant's turns are learnt.
@@ -66,13 +68,15 @@ def encode_multimodal_sample(
         video_max_pixels: larger frames are scaled down to about as many pixels.
         max_seconds: the rest of a longer sound is cut off.
         generation: how pictures that the model is to draw are written; None reads all.
+        generation_ratio: share of the pairs of a picture and an answer about it that are turned around, see
+            `drawn_instead`; needs `generation`.
         position_ids: makes of the sample its positions [T], or [3, T] for M-RoPE: the model's own function, such as
             `get_rope_index` in transformers. They are made before packing, in which each sample keeps its own.
 
     Returns:
-        `input_ids` and `labels`, int64 [T]; `position_ids` if asked for; `target_pixel_values` [n, C, H, W] of pictures
-        to draw; and the processor's other tensors as they are (without `attention_mask`). Placeholders are never
-        learnt, but those of pictures to draw if `generation` says so.
+        `input_ids` and `labels`, int64 [T]; `position_ids` if asked for, int64, or float32 if not all are whole;
+        `target_pixel_values` [n, C, H, W] of pictures to draw; and the processor's other tensors as they are (without
+        `attention_mask`). Placeholders are never learnt, but those of pictures to draw if `generation` says so.
 
     Raises:
         DataError: what `process_sft_example`, `load_picture`, `load_video` and `load_sound` raise; more or fewer places
@@ -81,7 +85,10 @@ def encode_multimodal_sample(
     row = normalize_example(example, conversation_columns(text_keys, columns))
     keys = {"image": image_keys, "video": video_keys, "audio": audio_keys}
     tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in KINDS}
-    placed = place_media(checked_answers(row), _columns(row, keys, tokens), tokens, template, generation)
+    messages, columns_of_kinds = checked_answers(row), _columns(row, keys, tokens)
+    if generation_ratio and generation is not None:
+        messages = drawn_instead(messages, columns_of_kinds.get("image", ("", []))[1], generation_ratio)
+    placed = place_media(messages, columns_of_kinds, tokens, template, generation)
     pictures = len(placed.media["image"]) + len(placed.targets)
     if max_image_nums is not None and pictures > max_image_nums:
         raise DataError(f"{pictures} pictures are more than max_image_nums={max_image_nums}", reason="too long")
@@ -359,7 +366,7 @@ def _run(ids: Sequence[int], at: int, known: set[int]) -> int:
 
 
 def _positions(positions: Tensor, length: int) -> Tensor:
-    """[T] or [axes, T], of what may have a dimension of one for the batch."""
+    """int64 [T] or [axes, T], of what may have a dimension of one for the batch; float32 if not all are whole."""
     if positions.dim() == 3 and positions.shape[1] == 1:
         positions = positions[:, 0]
     elif positions.dim() == 2 and positions.shape[0] == 1:
@@ -369,4 +376,5 @@ def _positions(positions: Tensor, length: int) -> Tensor:
             f"position_ids gave positions {list(positions.shape)} for a sample of {length} tokens: they must be [T] or "
             f"[3, T]"
         )
-    return positions.to(torch.int64)
+    # Qwen3-Omni puts frames between two positions
+    return positions if positions.is_floating_point() and positions.frac().any() else positions.to(torch.int64)

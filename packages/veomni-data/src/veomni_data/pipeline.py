@@ -54,6 +54,7 @@ class DataDescription:
         text_keys, image_keys, video_keys, audio_keys: columns of other names than usual, see
             `encode_multimodal_sample`.
         limits: its limits, such as `{"max_pixels": 602112, "fps": 1.0}`.
+        generation_ratio: share of pairs of a picture and a text in which the picture is drawn, likewise.
         shuffle_buffer: of a stream, as for `build_dataset`.
         collator: "packing" or "padding", with which micro-batches were made; None is the loader's own choice.
         pad_token_id: of the collator.
@@ -75,6 +76,7 @@ class DataDescription:
     video_keys: str | None = None
     audio_keys: str | None = None
     limits: dict[str, float] = field(default_factory=dict)
+    generation_ratio: float = 0.0
     shuffle_buffer: int = 256
     collator: str | None = None
     pad_token_id: int = 0
@@ -311,7 +313,8 @@ def _transform(description: DataDescription, tokenizer: Any, processor: Any) -> 
         # a processor of a model that draws says how
         drawn = getattr(processor, "generation", None)
         generation = Generation(**drawn) if drawn else None
-        media = {"generation": generation, **_media(description)}
+        drawing = {"generation": generation, "generation_ratio": description.generation_ratio}
+        media = {**drawing, **_media(description)}
         encode = partial(encode_multimodal_sample, processor=processor, template=template, **media)
     if description.type == "preference":
         return partial(process_preference_example, encode=encode, columns=description.columns)
