@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Ranks
+from safetensors.torch import load_file
 from torch import nn
-from veomni_ckpt import export_hf
+from veomni_ckpt import dcp_to_hf, export_hf
 from veomni_parallel import build_parallelize_model, init_parallel_state
 from veomni_recipes.ema import ema_weights, update_ema
 from veomni_recipes.optimization import build_optimizer
+from veomni_recipes.run_folder import read_metrics
 from veomni_recipes.shards import local
+from veomni_recipes.tasks.omni import train_omni_model
 
 from tests.recipes.test_optimizers import steps, tiny_moe, whole
 
@@ -79,3 +82,23 @@ def test_weights_are_put_back_when_the_export_fails() -> None:
     with pytest.raises(OSError, match="disk"):
         export()
     assert torch.equal(model.weight, before)
+
+
+def test_a_run_with_muon_and_averaged_weights_goes_on_and_exports_as_if_it_was_not_stopped(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    command = [*arguments, "--train.optimizer=muon", "--train.ema_decay=0.5", "--train.max_steps=4"]
+    command += ["--train.save_hf_weights=true", "--train.lr_decay_style=wsd", "--train.save_epochs=1"]
+    train_omni_model.main([*command, f"--train.output_dir={tmp_path}/whole"])
+    train_omni_model.main([*command, f"--train.output_dir={tmp_path}/run", "--train.save_steps=2"])
+    (tmp_path / "run" / "checkpoints" / "global_step_4").rename(tmp_path / "aside")
+    train_omni_model.main([*command, f"--train.output_dir={tmp_path}/run", "--train.load_checkpoint_path=auto"])
+    whole, run = ([line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "run"))
+    assert run == whole
+    dcp_to_hf(tmp_path / "aside", tmp_path / "raw")
+    folders = [tmp_path / "whole" / "hf_ckpt", tmp_path / "run" / "hf_ckpt", tmp_path / "raw"]
+    averages, again, raw = (load_file(folder / "model.safetensors") for folder in folders)
+    assert averages.keys() == again.keys() == raw.keys()
+    for name, value in averages.items():
+        assert torch.equal(value, again[name])
+        assert not torch.equal(value, raw[name]), f"{name} has the weights themselves"

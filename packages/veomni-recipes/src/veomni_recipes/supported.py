@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 from veomni_config import ConfigError, Problem, RecipeConfig
 
-_NOWHERE = (
-    "train.optimizer",
-    "train.ep_outside",
-)
+_NOWHERE = ("train.ep_outside",)
 OMNI = (
     *_NOWHERE,
     "data.data_type",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Validation:
         state: of the run.
         pad_token_id: of rows.
         answer: gives the accuracies of answers to so many questions; for recipes whose data have answers.
+        weights: in its context the model has the weights that are validated, such as averaged ones.
         arguments: what the model is called with besides a batch.
     """
 
@@ -49,10 +50,11 @@ class Validation:
         *,
         pad_token_id: int,
         answer: Callable[[int], Mapping[str, float]] | None = None,
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
         **arguments: Any,
     ) -> None:
         self._train, self._model, self._state, self._pad = cfg.train, model, state, pad_token_id
-        self._answer, self._arguments = answer, arguments
+        self._answer, self._weights, self._arguments = answer, weights, arguments
         self._loader: Any = None
         self._best: dict[str, Any] = {}
         self._replaced: int | None = None
@@ -78,23 +80,24 @@ class Validation:
 
     def after_step(self, progress: Progress) -> dict[str, Any] | None:
         """The figures of the model after a step, if it is one of those that are validated. Every rank calls it."""
-        every = self._train.eval_steps
-        self.is_best = False
-        return self._run(progress) if self._loader and every and progress.step % every == 0 else None
+        return self._if_due(progress, progress.step, self._train.eval_steps)
 
     def after_epoch(self, progress: Progress) -> dict[str, Any] | None:
         """The figures of the model after an epoch, if it is one of those. Every rank calls it."""
-        every = self._train.eval_epochs
+        return self._if_due(progress, progress.epoch, self._train.eval_epochs)
+
+    def _if_due(self, progress: Progress, done: int, every: int) -> dict[str, Any] | None:
         self.is_best = False
-        return self._run(progress) if self._loader and every and progress.epoch % every == 0 else None
+        return self._run(progress) if self._loader is not None and every and done % every == 0 else None
 
     def _run(self, progress: Progress) -> dict[str, Any]:
         began = time.monotonic()
-        loss, targets = held_out_loss(self._model, self._loader, self._state, self._pad, self._arguments)
-        figures = {"step": progress.step, "epoch": progress.epoch, "loss": loss, "targets": targets}
-        if self._train.eval_answers and self._answer is not None:
-            accuracies = self._answer(self._train.eval_answers)
-            figures |= {"accuracy": accuracies["all_accuracy"], **accuracies}
+        with self._weights():
+            loss, targets = held_out_loss(self._model, self._loader, self._state, self._pad, self._arguments)
+            figures = {"step": progress.step, "epoch": progress.epoch, "loss": loss, "targets": targets}
+            if self._train.eval_answers and self._answer is not None:
+                accuracies = self._answer(self._train.eval_answers)
+                figures |= {"accuracy": accuracies["all_accuracy"], **accuracies}
         figures["seconds"] = time.monotonic() - began
         name = self._train.best_metric
         if name is not None:

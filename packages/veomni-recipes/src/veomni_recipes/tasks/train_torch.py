@@ -9,6 +9,7 @@ package. To change something, copy the file (it runs from anywhere) and change i
 from __future__ import annotations
 
 from collections.abc import Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from veomni_recipes.charts import draw_loss
 from veomni_recipes.data_checks import sizes_that_differ
 from veomni_recipes.determinism import make_deterministic
 from veomni_recipes.distributed import barrier, init_distributed, rank, to_device, world_size
+from veomni_recipes.ema import ema_weights, update_ema
 from veomni_recipes.errors import TrainingError
 from veomni_recipes.guard import Guard
 from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
@@ -125,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         weight_decay=cfg.train.weight_decay,
         no_decay_modules=cfg.train.no_decay_modules,
         no_decay_params=cfg.train.no_decay_params,
+        optimizer=cfg.train.optimizer,
+        muon=cfg.train.muon_options(),
     )
 
     # the run folder: a run that goes on finds its place in it
@@ -159,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         train_data,
         model,
         state,
+        weights=partial(ema_weights, optimizer),
         pad_token_id=pad_token_id,
     )
     if resume_from is not None:
@@ -209,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
                 grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
                 if guard.allows(progress.step, loss, grad_norm):
                     optimizer.step()
+                    update_ema(optimizer, cfg.train.ema_decay)
                 optimizer.zero_grad()
 
                 log.write(meter.end(loss=loss, grad_norm=grad_norm, lr=lr))
@@ -229,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
                 save()
     log.write(meter.flush())
     if cfg.train.export_checkpoint == "best" and validation.best_step is not None and not stopped:
-        checkpoints.load(validation.best_step, model)
+        checkpoints.load(validation.best_step, model, optimizer)
     checkpoints.close()
     if stopped:
         display.say(f"told to stop: saved at step {progress.step}; --train.load_checkpoint_path=auto goes on")
@@ -247,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # the end: a Hugging Face folder
     if cfg.train.save_hf_weights:
-        export(model, folder, cfg, assets=[tokenizer])
+        with ema_weights(optimizer):
+            export(model, folder, cfg, assets=[tokenizer])
     if first:
         draw_loss(read_metrics(folder), folder / "loss.png")
         summary = {

@@ -42,6 +42,7 @@ from veomni_recipes.diffusion_pipeline import (
 from veomni_recipes.diffusion_sampling import Drawings
 from veomni_recipes.diffusion_transformers import count_latent_tokens, family_of
 from veomni_recipes.distributed import barrier, init_distributed, rank, to_device, world_size
+from veomni_recipes.ema import ema_weights, update_ema
 from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
 from veomni_recipes.layout import offloading, parallel_state, wrapping
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
@@ -54,7 +55,7 @@ WITHOUT_EFFECT = (
     *("data.datasets_type", "data.columns", "data.chat_template", "data.source_name"),
     *("model.foundation", "model.encoders", "model.decoders", "model.input_encoder", "model.output_encoder"),
     *("model.encode_target", "model.moe_implementation", "model.attn_implementation"),
-    *("train.optimizer", "train.vit_lr", "train.balance_ranks", "train.dyn_bsz_count_mode", "train.dyn_bsz_margin"),
+    *("train.vit_lr", "train.balance_ranks", "train.dyn_bsz_count_mode", "train.dyn_bsz_margin"),
     *("train.bsz_warmup_ratio", "train.expert_parallel_size", "train.ep_outside", "train.enable_full_determinism"),
     *("train.enable_profiling", "train.use_wandb"),
 )
@@ -102,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         weight_decay=cfg.train.weight_decay,
         no_decay_modules=cfg.train.no_decay_modules,
         no_decay_params=cfg.train.no_decay_params,
+        optimizer=cfg.train.optimizer,
+        muon=cfg.train.muon_options(),
     )
 
     # the run folder: a run that goes on finds its place in it
@@ -180,6 +183,7 @@ def main(argv: list[str] | None = None) -> None:
                 loss += part.detach()
             grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
             optimizer.step()
+            update_ema(optimizer, cfg.train.ema_decay)
             optimizer.zero_grad()
 
             line = progress.measure(
@@ -217,13 +221,14 @@ def main(argv: list[str] | None = None) -> None:
     trained_at = seconds_since_launch()
 
     # the end: a folder that diffusers loads, and what the model draws
-    if cfg.train.save_hf_weights and cfg.train.train_architecture == "lora":
-        export_adapters(model, folder / "hf_ckpt", family=family, base=base)
-    elif cfg.train.save_hf_weights:
-        labels = cfg.model.labels
-        export_pipeline(model, folder / "hf_ckpt", family=family, scheduler=scheduler, base=base, labels=labels)
-    if drawings is not None:
-        drawings.all(folder)
+    with ema_weights(optimizer):
+        if cfg.train.save_hf_weights and cfg.train.train_architecture == "lora":
+            export_adapters(model, folder / "hf_ckpt", family=family, base=base)
+        elif cfg.train.save_hf_weights:
+            labels = cfg.model.labels
+            export_pipeline(model, folder / "hf_ckpt", family=family, scheduler=scheduler, base=base, labels=labels)
+        if drawings is not None:
+            drawings.all(folder)
     if first:
         draw_loss(read_metrics(folder), folder / "loss.png")
         summary = {

@@ -50,6 +50,7 @@ from veomni_recipes.charts import draw_answers, draw_loss
 from veomni_recipes.data_checks import check_rows, sizes_that_differ
 from veomni_recipes.determinism import make_deterministic
 from veomni_recipes.distributed import barrier, gather, init_distributed, rank, to_device, world_size
+from veomni_recipes.ema import ema_weights, update_ema
 from veomni_recipes.errors import TrainingError
 from veomni_recipes.evaluation import accuracies, answer_held_out, answer_in_training, pictures_to_draw, prompt_options
 from veomni_recipes.guard import Guard
@@ -165,6 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         no_decay_modules=cfg.train.no_decay_modules,
         no_decay_params=cfg.train.no_decay_params,
         param_lrs=param_lrs,
+        optimizer=cfg.train.optimizer,
+        muon=cfg.train.muon_options(),
     )
 
     # the run folder: a run that goes on finds its place in it
@@ -200,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         train_data,
         model,
         state,
+        weights=partial(ema_weights, optimizer),
         pad_token_id=pad_token_id,
         answer=held_out and partial(answer_in_training, model, processor, held_out, folder / "validation"),
         noise_seed=0,
@@ -253,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
                 grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
                 if guard.allows(progress.step, loss, grad_norm):
                     optimizer.step()
+                    update_ema(optimizer, cfg.train.ema_decay)
                 optimizer.zero_grad()
 
                 log.write(meter.end(loss=loss, grad_norm=grad_norm, lr=lr))
@@ -273,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
                 save()
     log.write(meter.flush())
     if cfg.train.export_checkpoint == "best" and validation.best_step is not None and not stopped:
-        checkpoints.load(validation.best_step, model)
+        checkpoints.load(validation.best_step, model, optimizer)
     checkpoints.close()
     if stopped:
         display.say(f"told to stop: saved at step {progress.step}; --train.load_checkpoint_path=auto goes on")
@@ -292,7 +297,8 @@ def main(argv: list[str] | None = None) -> None:
     # the end: a Hugging Face folder, and what the model in it answers
     exported, scores, question = folder / "hf_ckpt", {}, None
     if cfg.train.save_hf_weights:
-        export_hf(model, exported, assets=[processor])
+        with ema_weights(optimizer):
+            export_hf(model, exported, assets=[processor])
     if held_out is not None:
         own = range(rank(), len(held_out), world_size())
         answers = sorted(chain(*gather(answer_held_out(exported, held_out, own, folder / "drawings"))))
