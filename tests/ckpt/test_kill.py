@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import random
 import time
@@ -69,3 +70,16 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(tmp_path: Pat
             assert (tensor == step).all()
         assert len(states) == 3 * len(list(model.parameters()))
     assert leftovers, "no kill met a save: the test has shown nothing"
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_goes_on_with_the_losses_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    kill_runs = importlib.import_module("ckpt_kills").kill_runs
+    kills = kill_runs(tmp_path, during_saves=2, during_steps=1, world_size=1, steps=30)
+    assert kills.during_saves >= 2
+    assert kills.during_steps >= 1
+    assert kills.losses_compared >= 30
+    assert kills.runs_finished >= 1
