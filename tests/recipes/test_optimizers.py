@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
-from veomni_ckpt import CheckpointManager
+from veomni_ckpt import CheckpointError, CheckpointManager
 from veomni_config import ConfigError
 from veomni_parallel import build_parallelize_model, init_parallel_state, loss_scale
 from veomni_recipes.ema import update_ema
@@ -279,6 +279,15 @@ def test_weights_in_bfloat16_lose_no_update() -> None:
     assert {key: value.dtype for key, value in states.items() if key != "step"} == dict.fromkeys(
         ("exp_avg", "exp_avg_sq", "compensation", "ema"), torch.bfloat16
     )
+
+
+def test_an_optimizer_does_not_go_on_with_the_state_of_another(tmp_path: Path) -> None:
+    model, optimizer, _ = mixed("adamw", 1)
+    steps(model, optimizer, 0, 1)
+    CheckpointManager(tmp_path).save(1, model, optimizer)
+    model, optimizer, _ = mixed("muon", 1)
+    with pytest.raises(CheckpointError, match="has the state of the optimizer AdamW, and Muon cannot go on with it"):
+        CheckpointManager(tmp_path).load("auto", model, optimizer)
 
 
 def test_muon_needs_a_matrix() -> None:

@@ -26,7 +26,8 @@ from veomni_ckpt.errors import CheckpointError
 from veomni_ckpt.names import is_fsdp1, named_tensors, some
 
 Tensors = dict[str, dict[str, torch.Tensor]]  # parameter name -> state key -> tensor
-Document = dict[str, Any]  # {"param_groups": [{"params": [names], "lr": ...}], "state": {name: {key: plain value}}}
+Document = dict[str, Any]
+"""`class`, the optimizer's; `param_groups` [{"params": [names], "lr": ...}]; `state` {name: {key: plain value}}."""
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Document]:
@@ -49,7 +50,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors
         for key, value in values.items():
             half: dict[str, dict[str, Any]] = tensors if isinstance(value, torch.Tensor) else plain
             half.setdefault(name, {})[key] = value
-    return tensors, {"param_groups": groups, "state": plain}
+    return tensors, {"class": type(optimizer).__name__, "param_groups": groups, "state": plain}
 
 
 def join(documents: list[Document]) -> Document:
@@ -62,7 +63,7 @@ def join(documents: list[Document]) -> Document:
             groups.append({**group, "params": [name for name in group["params"] if name not in known]})
         known |= {name for group in document["param_groups"] for name in group["params"]}
         state = {**document["state"], **state}
-    return {"param_groups": groups, "state": state}
+    return {"class": documents[0]["class"], "param_groups": groups, "state": state}
 
 
 def match_groups(
@@ -74,9 +75,15 @@ def match_groups(
         One dict for each group; and the parameters that were saved and this optimizer does not hold.
 
     Raises:
-        CheckpointError: one of the optimizer's parameters was not saved, or a group would get two values of one
-            hyperparameter.
+        CheckpointError: another class of optimizer was saved, one of this one's parameters was not saved, or a group
+            would get two values of one hyperparameter.
     """
+    known = [kind.__name__ for kind in type(optimizer).__mro__]
+    if (kind := document.get("class", known[0])) not in known:
+        raise CheckpointError(
+            f"it has the state of the optimizer {kind}, and {known[0]} cannot go on with it: make the one that it was "
+            "saved with, or load the weights alone"
+        )
     groups = _named_groups(model, optimizer)
     saved = {name: group for group in document["param_groups"] for name in group["params"]}
     ours = [name for group in groups for name in group["params"]]

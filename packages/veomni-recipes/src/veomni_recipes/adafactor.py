@@ -38,7 +38,7 @@ class Adafactor(torch.optim.Optimizer):
                 self.state[parameter] = _first_state(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, on the gradients that there are."""
         loss = None
         if closure is not None:

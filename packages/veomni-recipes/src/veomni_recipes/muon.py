@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([own | group for group in matrices] + self._adamw.param_groups, {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both, on the gradients that there are."""
         loss = None
         if closure is not None:
