@@ -6,7 +6,15 @@ from .dit import DitDataConfig, DitModelConfig, DitRecipeConfig, DitTrainConfig
 from .errors import ConfigError, Origin, Problem
 from .infer import InferConfig
 from .model import ModelConfig
-from .omni import OmniDataConfig, OmniRecipeConfig, OmniTrainConfig, VLDataConfig, VLRecipeConfig, VLTrainConfig
+from .omni import (
+    OmniDataConfig,
+    OmniRecipeConfig,
+    OmniTrainConfig,
+    PartsTrainConfig,
+    VLDataConfig,
+    VLRecipeConfig,
+    VLTrainConfig,
+)
 from .parse import ConfigWarning, parse_args
 from .recipe import InferRecipeConfig, RecipeConfig
 from .section import Section, rule
@@ -29,6 +37,7 @@ __all__ = [
     "OmniRecipeConfig",
     "OmniTrainConfig",
     "Origin",
+    "PartsTrainConfig",
     "Problem",
     "RecipeConfig",
     "Section",

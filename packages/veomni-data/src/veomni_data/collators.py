@@ -29,8 +29,9 @@ class PackingCollator:
     at each sample), `cu_seq_lens_q/k` int32 [n + 1], `max_length_q/k` int; every other tensor of the samples (such as
     `pixel_values` [n, ...]) is concatenated along dim 0.
 
-    A sample may bring its own `position_ids`, [T], or [3, T] (time, height, width) for M-RoPE. The row's are [4, 1, T]
-    then: first the restarting positions, without which transformers does not tell the samples of such a row apart.
+    A sample may bring its own `position_ids`, [T], or [3, T] (time, height, width) for M-RoPE, whole or float32. The
+    row's are [4, 1, T] then: first the restarting positions, without which transformers does not tell the samples of
+    such a row apart.
 
     A sample may be a row of several already: `seq_lens`, a list of their lengths, says where they end. Sound of
     different lengths (`input_features` with a mask of the frames) is padded to the longest.
@@ -126,7 +127,9 @@ def _checked(samples: Sequence[Sample]) -> list[Sample]:
                 if min(lengths, default=0) < 1 or sum(lengths) != length:
                     raise DataError(f'"seq_lens" of a sample is {lengths}: its lengths must sum to {length} input_ids')
             elif key in TOKEN_KEYS or key == "position_ids":
-                tensors[key] = torch.as_tensor(value, dtype=torch.int64)
+                tensors[key] = torch.as_tensor(value)
+                if key != "position_ids" or not tensors[key].is_floating_point():
+                    tensors[key] = tensors[key].to(torch.int64)
                 shapes = [(length,), (3, length), (4, length)] if key == "position_ids" else [(length,)]
                 if tensors[key].shape not in shapes:
                     raise DataError(

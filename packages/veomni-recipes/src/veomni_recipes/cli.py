@@ -12,6 +12,8 @@ from veomni_recipes.launch import USER_ERROR, ends_with_one_sentence, launch
 RECIPES = {
     "train_torch": "veomni_recipes.tasks.train_torch",
     "train_omni_model": "veomni_recipes.tasks.omni.train_omni_model",
+    "train_qwen_vl": "veomni_recipes.tasks.omni.train_qwen_vl",
+    "train_qwen_omni": "veomni_recipes.tasks.omni.train_qwen_omni",
     "train_image_tokenizer": "veomni_recipes.tasks.omni.train_image_tokenizer",
     "prepare_dit": "veomni_recipes.tasks.dit.prepare_dit",
     "train_dit": "veomni_recipes.tasks.dit.train_dit",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from veomni_ckpt import export_hf
 from veomni_data import Generation
-from veomni_models import OmniModel, OmniProcessor, drawing_options, reply
+from veomni_models import (
+    OmniModel,
+    OmniProcessor,
+    build_foundation_model,
+    build_processor,
+    drawing_options,
+    is_omni_folder,
+    reply,
+)
 
 from veomni_recipes.distributed import barrier, gather, rank, world_size
 
@@ -65,24 +73,28 @@ def generate(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 64,
+    sampling: Mapping[str, Any] = {},
+    streamer: Any = None,
     **drawing: Any,
 ) -> list[Said]:
-    """What the model says to each prompt, decoded greedily, and the pictures that it draws.
+    """What the model says to each prompt, and the pictures that it draws.
 
     Args:
         model: any model that generates from its processor's output; not sharded.
-        processor: of the model.
+        processor: of the model, or for text alone its tokenizer.
         prompts: made by `multimodal_prompt`: `text` that ends where the model is to speak, with the processor's
             placeholder for each of its `images`, `videos` and `audio`.
         max_new_tokens: where an answer is cut.
         batch_size: prompts decoded together, padded on the left.
+        sampling: options of transformers' `generate`, such as `{"do_sample": True, "top_p": 0.9}`; without them the
+            likeliest token is taken. A model that draws always takes it.
+        streamer: of transformers, which shows a single answer while it is made.
         drawing: of `DrawingOptions`, for a model that draws, in place of what its config says.
     """
     answers: list[Said] = []
-    tokenizer = processor.tokenizer
+    tokenizer = tokenizer_of(processor)
     model.eval()
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    for start, batch in _batches(prompts, batch_size):
         inputs = processor(
             text=[prompt["text"] for prompt in batch],
             **_media(processor, batch),
@@ -90,6 +102,7 @@ def generate(
             padding=True,
             padding_side="left",
             return_token_type_ids=False,
+            **({"add_special_tokens": False} if processor is tokenizer else {}),  # those of a prompt stand in it
         ).to(model.device)
         if isinstance(model, OmniModel) and model.config.decoders:
             options = drawing_options(model, **{**drawing, "seed": drawing.get("seed", 0) + start})
@@ -109,13 +122,39 @@ def generate(
         made = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=streamer,
+            **{"do_sample": False, **sampling},
         )
         texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers += map(Said, texts)
     return answers
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or itself if it is one."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def _batches(prompts: Sequence[Any], most: int) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Where batches begin, and their prompts: processors take one rate of frames for all videos of a call."""
+    start = 0
+    while start < len(prompts):
+        rates: set[float] = set()
+        end = start
+        while end < min(start + most, len(prompts)):
+            rates |= {_sampled_fps(metadata) for metadata in prompts[end].get("video_metadata", ())}
+            if len(rates) > 1 and end > start:
+                break
+            end += 1
+        yield start, prompts[start:end]
+        start = end
+
+
+def _sampled_fps(metadata: Mapping[str, Any]) -> float:
+    """Frames a second of those that were taken of a video."""
+    return len(metadata["frames_indices"]) / metadata["total_num_frames"] * metadata["fps"]
 
 
 def _nothing_asked(processor: ProcessorMixin) -> torch.Tensor:
@@ -145,19 +184,22 @@ def _media(processor: ProcessorMixin, prompts: Sequence[Mapping[str, Any]]) -> d
     arguments: dict[str, Any] = {key: items for key, items in media.items() if items}
     if "videos" in arguments:
         arguments["do_sample_frames"] = False
+        if len(rates := {_sampled_fps(metadata) for metadata in arguments["video_metadata"]}) == 1:
+            arguments["fps"] = rates.pop()
     if "audio" in arguments:
         arguments["sampling_rate"] = processor.feature_extractor.sampling_rate
     return arguments
 
 
-def prompt_options(processor: OmniProcessor) -> dict[str, Any]:
+def prompt_options(processor: ProcessorMixin) -> dict[str, Any]:
     """What `multimodal_prompt` has to know of a processor."""
-    tokens = {f"{kind}_token": getattr(processor, f"{kind}_token") for kind in ("image", "video", "audio")}
-    return {
-        **tokens,
-        "generation": pictures_to_draw(processor),
-        "sampling_rate": processor.feature_extractor.sampling_rate,
-    }
+    names = ("image_token", "video_token", "audio_token")
+    options: dict[str, Any] = {name: getattr(processor, name, None) for name in names}
+    if hasattr(processor, "feature_extractor"):
+        options["sampling_rate"] = processor.feature_extractor.sampling_rate
+    if isinstance(processor, OmniProcessor):
+        options["generation"] = pictures_to_draw(processor)
+    return options
 
 
 def answer_held_out(
@@ -168,12 +210,28 @@ def answer_held_out(
     What it draws is written into the folder `drawings` as PNG files.
     """
     model, processor = load_exported(folder)
-    chosen = [prompts[row] for row in rows]
-    truths = processor.tokenizer([p["answer"] for p in chosen] or [""], add_special_tokens=False)["input_ids"]
-    longest = max(map(len, truths)) + 8  # an answer that goes on beyond is wrong whatever follows
+    chosen = {row: prompts[row] for row in rows}
+    return answers_to(model, processor, chosen, drawings, longest_answer(processor, [*chosen.values()]))
+
+
+def longest_answer(processor: ProcessorMixin, prompts: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of the longest right answer to prompts, and 8: one that goes on beyond is wrong whatever follows."""
+    truths = tokenizer_of(processor)([p["answer"] for p in prompts] or [""], add_special_tokens=False)["input_ids"]
+    return max(map(len, truths)) + 8
+
+
+def answers_to(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    prompts: Mapping[int, Mapping[str, Any]],
+    drawings: Path,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """What a model answers to prompts (made by `multimodal_prompt`), given with their rows."""
     answers = []
-    said = generate(model, processor, chosen, max_new_tokens=longest, seed=rows[0] if rows else 0)
-    for row, prompt, each in zip(rows, chosen, said, strict=True):
+    first = next(iter(prompts), 0)
+    said = generate(model, processor, [*prompts.values()], max_new_tokens=max_new_tokens, seed=first)
+    for (row, prompt), each in zip(prompts.items(), said, strict=True):
         files = save_pictures(each.pictures, drawings, f"{row:04d}")
         names = tuple(f"{drawings.name}/{file.name}" for file in files)
         truth, wanted = prompt["answer"], len(prompt.get("targets", ()))
@@ -215,13 +273,25 @@ def save_pictures(pictures: Sequence[Image], folder: Path, name: str) -> list[Pa
     return files
 
 
-def load_exported(folder: Path) -> tuple[OmniModel, OmniProcessor]:
-    """The model, on this process's device, and the processor of a folder that a run exported."""
+def load_exported(folder: Path, processor_path: str | Path | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model, on this process's device, and the processor of a folder that a run exported.
+
+    Of a model of text alone the processor is its tokenizer.
+
+    Args:
+        folder: of the model.
+        processor_path: folder of the processor; None is the same one.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return OmniModel.from_pretrained(folder).to(device).eval(), OmniProcessor.from_pretrained(folder)
+    if is_omni_folder(folder):
+        return OmniModel.from_pretrained(folder).to(device).eval(), OmniProcessor.from_pretrained(
+            processor_path or folder
+        )
+    model = build_foundation_model(None, folder, attn_implementation=None, init_device=str(device))
+    return model.eval(), build_processor(processor_path or folder)
 
 
 def accuracies(answers: Sequence[Answer]) -> dict[str, float]:

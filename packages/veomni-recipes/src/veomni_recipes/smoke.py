@@ -12,13 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from veomni_config import ConfigError, OmniRecipeConfig, Problem, RecipeConfig, dump_config, parse_args
+from veomni_config import (
+    ConfigError,
+    OmniRecipeConfig,
+    Problem,
+    RecipeConfig,
+    VLRecipeConfig,
+    dump_config,
+    parse_args,
+)
 
 from veomni_recipes.smoke_data import texts, write_conversations, write_media, write_texts
+from veomni_recipes.smoke_vision import save_tiny_model
 
 ARCHITECTURES = {
     "Qwen/Qwen3-8B": "qwen3",
     "Qwen/Qwen3-8B-Base": "qwen3",
+    "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
+    "Qwen/Qwen2.5-Omni-7B": "qwen2_5_omni_thinker",
+    "Qwen/Qwen3-Omni-30B-A3B-Instruct": "qwen3_omni_moe_thinker",
 }
 """Model types of the folders that shipped configurations name, which are not on this machine."""
 
@@ -44,7 +59,11 @@ _DECODERS: dict[str, dict[str, Any]] = {
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIAL += ["<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
-_CLASSES = {"train_omni_model": OmniRecipeConfig}
+_CLASSES = {
+    "train_omni_model": OmniRecipeConfig,
+    "train_qwen_vl": VLRecipeConfig,
+    "train_qwen_omni": VLRecipeConfig,
+}
 _STEPS: dict[str, Any] = {"max_steps": 3, "save_steps": 2, "micro_batch_size": 1, "data_parallel_replicate_size": -1}
 _STEPS |= {"data_parallel_shard_size": -1, "dyn_bsz_margin": 0, "bsz_warmup_ratio": 0.0, "save_epochs": 0}
 _SPLITTING = ("ulysses_parallel_size", "tensor_parallel_size")
@@ -66,20 +85,25 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
     folder.mkdir(parents=True, exist_ok=True)
     model, data = folder / "model", folder / "data.jsonl"
     tokenizer = tiny_tokenizer(texts())
-    _tiny_model(cfg, len(tokenizer)).save_pretrained(model)
-    tokenizer.save_pretrained(model)
     parts = _tiny_parts(cfg)
-    if parts:
-        write_media(data, cfg.data.text_keys, cfg.model.encoders, draw=bool(cfg.model.decoders))
+    if isinstance(cfg, VLRecipeConfig):
+        kinds = save_tiny_model(architecture(cfg), tokenizer, model)
+        write_media(data, cfg.data.text_keys, kinds)
     else:
-        (write_texts if cfg.data.data_type == "plaintext" else write_conversations)(data, cfg.data.text_keys)
+        _tiny_model(cfg, len(tokenizer)).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        if parts:
+            write_media(data, cfg.data.text_keys, cfg.model.encoders, draw=bool(cfg.model.decoders))
+        else:
+            (write_texts if cfg.data.data_type == "plaintext" else write_conversations)(data, cfg.data.text_keys)
+    length = 1024 if isinstance(cfg, VLRecipeConfig) else 256  # a video alone becomes 256 tokens of an omni model
     return write_config(
         cfg,
         argv,
         processes,
         folder,
         model={"model_path": str(model), "config_path": None, "tokenizer_path": None, "foundation": {}, **parts},
-        data={"train_path": str(data), "max_seq_len": 256, "train_size": 100_000},
+        data={"train_path": str(data), "max_seq_len": length, "train_size": 100_000},
     )
 
 

@@ -33,6 +33,15 @@ TEXT = (
     "model.encode_target",
     "train.vit_lr",
 )
+VISION_LANGUAGE = (
+    *_NOWHERE,
+    "data.data_type",
+    "model.encoders",
+    "model.decoders",
+    "model.input_encoder",
+    "model.output_encoder",
+    "model.encode_target",
+)
 
 
 def refuse_without_effect(cfg: RecipeConfig, without: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from veomni_config import BatchPlan, OmniDataConfig, OmniRecipeConfig, RecipeConfig
+from veomni_config import BatchPlan, OmniRecipeConfig, RecipeConfig, VLDataConfig, VLRecipeConfig
 from veomni_data import (
     DataDescription,
     DataLoader,
@@ -70,7 +70,7 @@ def build_rows(
     )
 
 
-def media_limits(data: OmniDataConfig) -> dict[str, Any]:
+def media_limits(data: VLDataConfig) -> dict[str, Any]:
     """The limits of a picture, video or sound that are set, as `encode_multimodal_sample` names them."""
     limits = {
         "max_pixels": data.max_pixels,
@@ -162,7 +162,7 @@ def _add(totals: dict[str, int], more: Mapping[str, int]) -> None:
         totals[name] = totals.get(name, 0) + count
 
 
-def describe_data(cfg: OmniRecipeConfig, processor: Path, pad_token_id: int) -> dict[str, Any]:
+def describe_data(cfg: OmniRecipeConfig | VLRecipeConfig, processor: Path, pad_token_id: int) -> dict[str, Any]:
     """How the data become batches, for `veomni-data replay`, which reads it in the ledger.
 
     Args:

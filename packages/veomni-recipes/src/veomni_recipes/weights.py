@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from veomni_ckpt import export_hf, load_pretrained
-from veomni_config import ConfigError, ModelConfig, OmniTrainConfig, Problem, RecipeConfig
+from veomni_config import (
+    ConfigError,
+    ModelConfig,
+    OmniTrainConfig,
+    PartsTrainConfig,
+    Problem,
+    RecipeConfig,
+    VLTrainConfig,
+)
 from veomni_models import (
     OmniModel,
     has_adapters,
@@ -38,13 +46,7 @@ def freeze_parts(model: OmniModel, train: OmniTrainConfig) -> None:
         model.projectors.requires_grad_(False)
     if train.freeze_decoder:
         model.decoders.requires_grad_(False)
-    names = dict(model.named_parameters())
-    check_globs("train.freeze_params", train.freeze_params, names)
-    for name, parameter in names.items():
-        if any(fnmatchcase(name, glob) for glob in train.freeze_params):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in names.values()):
-        raise ConfigError([Problem("train.freeze_params", "nothing would learn: leave some parameters out of it")])
+    _freeze_params(model, train)
 
 
 def learning_rates(model: OmniModel, train: OmniTrainConfig) -> dict[str, float]:
@@ -52,6 +54,51 @@ def learning_rates(model: OmniModel, train: OmniTrainConfig) -> dict[str, float]
     encoders = [f"encoders.{kind}.*" for kind in ("image", "video") if kind in model.encoders]
     vision = {} if train.vit_lr is None else dict.fromkeys(encoders, train.vit_lr)
     return {**vision, **train.param_lrs}
+
+
+def encoders_of(model: Any) -> dict[str, str]:
+    """ "image" and "audio", as far as a transformers model reads them, to the name of the module that encodes them."""
+    found = {}
+    for kind, part in (("image", "vision_config"), ("audio", "audio_config")):
+        config = getattr(model.config, part, None)
+        if config is not None:
+            modules = model.named_modules()  # from the outside to the inside
+            found[kind] = next(n for n, m in modules if type(getattr(m, "config", None)) is type(config))
+    return found
+
+
+def freeze_encoders(model: Any, train: VLTrainConfig) -> None:
+    """Encoders of a transformers model, and other parameters, that the configuration freezes keep their weights.
+
+    Raises:
+        ConfigError: the model has no such encoder, a glob matches nothing, or nothing would learn.
+    """
+    encoders = encoders_of(model)
+    for key, kind, frozen in (
+        ("train.freeze_vit", "image", train.freeze_vit),
+        ("train.freeze_audio_tower", "audio", train.freeze_audio_tower),
+    ):
+        if frozen and kind not in encoders:
+            raise ConfigError([Problem(key, f"{type(model).__name__} has no such encoder: leave it at false")])
+        if frozen:
+            model.get_submodule(encoders[kind]).requires_grad_(False)
+    _freeze_params(model, train)
+
+
+def learning_rates_of_encoders(model: Any, train: VLTrainConfig) -> dict[str, float]:
+    """Peak learning rates of parts of a transformers model by globs, of which the last that matches counts."""
+    vision = encoders_of(model).get("image")
+    return {**({} if train.vit_lr is None or vision is None else {f"{vision}.*": train.vit_lr}), **train.param_lrs}
+
+
+def _freeze_params(model: Any, train: PartsTrainConfig) -> None:
+    names = dict(model.named_parameters())
+    check_globs("train.freeze_params", train.freeze_params, names)
+    for name, parameter in names.items():
+        if any(fnmatchcase(name, glob) for glob in train.freeze_params):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ConfigError([Problem("train.freeze_params", "nothing would learn: leave some parameters out of it")])
 
 
 def load_parts(model: OmniModel, cfg: ModelConfig) -> None:
