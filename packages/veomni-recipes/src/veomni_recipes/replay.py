@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from veomni_ckpt import CheckpointManager
-from veomni_data import DataDescription, build_pipeline, read_ledger
+from veomni_ckpt import CheckpointError, CheckpointManager
+from veomni_data import DataDescription, DataError, build_pipeline, read_ledger
 from veomni_data import replay as replay_rows
-from veomni_models import OmniModel, build_foundation_model, is_omni_folder
+from veomni_models import ModelError, OmniConfig, OmniModel, build_foundation_model, is_omni_folder, register_omni_model
 from veomni_parallel import build_parallelize_model, count_targets, init_parallel_state
 
 from veomni_recipes.black_box import FOLDER, WEIGHTS, read_boxes, set_random_states
 from veomni_recipes.distributed import to_device
 from veomni_recipes.errors import TrainingError
+from veomni_recipes.launch import USER_ERROR
 
 _MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "target_pixel_values")
 
@@ -54,7 +56,8 @@ class Replayed:
         weights: where those that it was run with are from.
         losses: of the packed rows, by rank: sums over targets divided by the step's number of targets.
         samples: each alone.
-        first: the first thing that is not finite, in the order in which they are computed; None if all is.
+        found: what is not finite in the first micro-batch that has any: of its tensors and of the weights all, of the
+            modules the first whose output is not, or else the first parameter whose gradient is not.
     """
 
     step: int
@@ -62,7 +65,7 @@ class Replayed:
     weights: str
     losses: dict[int, float] = field(default_factory=dict)
     samples: list[ReplayedSample] = field(default_factory=list)
-    first: str | None = None
+    found: list[str] = field(default_factory=list)
 
 
 def replay_step(run: Path, step: int | None = None) -> Replayed:
@@ -90,6 +93,7 @@ def replay_step(run: Path, step: int | None = None) -> Replayed:
     else:
         model = build_parallelize_model(model, init_parallel_state(device_type=device.type))
 
+    register_omni_model()  # so that its processor is one for transformers
     description = read_ledger(run).manifest["description"]
     pipeline = build_pipeline(DataDescription.from_dict(description))
     made = Replayed(step, box[0]["reason"], weights)
@@ -107,13 +111,25 @@ def replay_step(run: Path, step: int | None = None) -> Replayed:
             with first_nonfinite(model, batch) as found:
                 loss = model(**batch, num_items_in_batch=targets, use_cache=False, **each["arguments"]).loss
                 loss.backward()
-            made.losses[rank] += float(loss)
-            made.first = made.first or next(iter(found), None)
+            made.losses[rank] += loss.item()
+            made.found = made.found or found
         model.zero_grad()
         for samples, places in zip(rows, each["samples"], strict=True):
             for sample, place in zip(samples, places, strict=True):
                 made.samples.append(_alone(model, collate, sample, rank, place, each["arguments"], device))
     return made
+
+
+def replay_run(run: Path, step: int | None) -> int:
+    """Print what a replay finds: the command `veomni replay`; returns the exit code."""
+    try:
+        made = replay_step(run, step)
+    except (TrainingError, DataError, ModelError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    for line in describe(made):
+        print(line)
+    return 0
 
 
 def describe(made: Replayed) -> Iterator[str]:
@@ -126,17 +142,15 @@ def describe(made: Replayed) -> Iterator[str]:
         for each in sorted((s for s in made.samples if s.rank == rank), key=_worst_first):
             with_media = f" ({', '.join(each.media)})" if each.media else ""
             yield f"  {each.loss:>10.4g}  {each.targets:>7,}  {each.tokens:>7,}  {each.place}{with_media}"
-    yield f"first that is not finite: {made.first}" if made.first else "all is finite in this replay"
+    yield "not finite, in the order of computing:" if made.found else "all is finite in this replay"
+    yield from (f"  {each}" for each in made.found)
 
 
 @contextmanager
 def first_nonfinite(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Inside, what is not finite is noted in the list, the first that is computed first.
-
-    Looked at are the batch, the parameters, the outputs of all modules in forward, and then the gradients of parameters
-    in the order of backward.
-    """
+    """Inside, what is not finite is noted in the list, see `Replayed.found`."""
     found: list[str] = []
+    computed: list[str] = []
     for key, value in batch.items():
         _note(found, f"{key} of the batch", value)
     for name, parameter in model.named_parameters():
@@ -144,13 +158,13 @@ def first_nonfinite(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[list
 
     def after(name: str, kind: str) -> Callable[..., None]:
         def look(_: nn.Module, inputs: Any, output: Any) -> None:
-            if not found or not any(" in the output of " in each for each in found):
-                _note(found, f"the output of {name or 'the model'} ({kind})", output)
+            if not computed:
+                _note(computed, f"the output of {name or 'the model'} ({kind})", output)
 
         return look
 
     def gradient(name: str) -> Callable[[Tensor], None]:
-        return lambda parameter: _note(found, f"the gradient of {name}", parameter.grad)
+        return lambda parameter: None if computed else _note(computed, f"the gradient of {name}", parameter.grad)
 
     handles: list[Any] = [m.register_forward_hook(after(n, type(m).__name__)) for n, m in model.named_modules()]
     handles += [
@@ -159,6 +173,7 @@ def first_nonfinite(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[list
     try:
         yield found
     finally:
+        found += computed
         for handle in handles:
             handle.remove()
 
@@ -196,7 +211,7 @@ def _load_model(run: Path, folder: Path, step: int, device: torch.device) -> tup
     omni = is_omni_folder(folder)
     if (folder / WEIGHTS).is_dir():
         if omni:
-            model: Any = OmniModel.from_pretrained(folder / WEIGHTS, attn_implementation="eager").to(device).train()
+            model: Any = OmniModel.from_pretrained(folder / WEIGHTS).to(device).train()
         else:
             model = build_foundation_model(folder / WEIGHTS, folder / WEIGHTS, init_device=str(device))
         return model, f"those of the step ({folder / WEIGHTS})"
@@ -209,9 +224,7 @@ def _load_model(run: Path, folder: Path, step: int, device: torch.device) -> tup
             f"checkpoint before step {step}: there is nothing to run it with"
         )
     if omni:
-        from transformers import AutoConfig
-
-        model = OmniModel(AutoConfig.from_pretrained(folder)).to(device).train()
+        model = OmniModel(OmniConfig.from_pretrained(folder)).to(device).train()
     else:
         model = build_foundation_model(folder, init_device=str(device))
     manager.load(max(before), model)
