@@ -2,9 +2,10 @@
 
 from .batch_plan import BatchPlan, plan_batches
 from .data import DataConfig
+from .distill import DistillModelConfig, DistillRecipeConfig, DistillTrainConfig
 from .dit import DitDataConfig, DitModelConfig, DitRecipeConfig, DitTrainConfig
 from .errors import ConfigError, Origin, Problem
-from .infer import InferConfig
+from .infer import EvaluateConfig, InferConfig
 from .model import ModelConfig
 from .omni import (
     OmniDataConfig,
@@ -16,7 +17,8 @@ from .omni import (
     VLTrainConfig,
 )
 from .parse import ConfigWarning, parse_args
-from .recipe import InferRecipeConfig, RecipeConfig
+from .preference import DPODataConfig, DPORecipeConfig, DPOTrainConfig
+from .recipe import EvaluateRecipeConfig, InferRecipeConfig, RecipeConfig
 from .section import Section, rule
 from .train import TrainConfig
 from .yaml_writer import dump_config
@@ -25,11 +27,19 @@ __all__ = [
     "BatchPlan",
     "ConfigError",
     "ConfigWarning",
+    "DPODataConfig",
+    "DPORecipeConfig",
+    "DPOTrainConfig",
     "DataConfig",
+    "DistillModelConfig",
+    "DistillRecipeConfig",
+    "DistillTrainConfig",
     "DitDataConfig",
     "DitModelConfig",
     "DitRecipeConfig",
     "DitTrainConfig",
+    "EvaluateConfig",
+    "EvaluateRecipeConfig",
     "InferConfig",
     "InferRecipeConfig",
     "ModelConfig",

@@ -18,13 +18,15 @@ from pydantic import BaseModel
 
 from .check import Further
 from .diff import diff_configs
+from .distill import DistillRecipeConfig
 from .dit import DitRecipeConfig
 from .errors import ConfigError, Problem
 from .json_schema import file_schema
 from .migrate import migrate
 from .omni import OmniRecipeConfig, VLRecipeConfig
 from .parse import ConfigWarning, Resolved, resolve, unknown_keys
-from .recipe import InferRecipeConfig, RecipeConfig
+from .preference import DPORecipeConfig
+from .recipe import EvaluateRecipeConfig, InferRecipeConfig, RecipeConfig
 from .reference import reference_page
 from .show import show_config
 from .validate import further_problems
@@ -40,8 +42,8 @@ usage: veomni-config COMMAND
   schema                                                     JSON Schema for editors
   reference                                                  Markdown page of all keys
 
-validate, show, diff and schema take --recipe text|omni|vl|dit|infer|MODULE:CLASS. Without it the first of these that
-knows all keys of the file is taken; schema takes text.
+validate, show, diff and schema take --recipe text|omni|vl|dit|dpo|distill|infer|evaluate|MODULE:CLASS. Without it the
+first of these that knows all keys of the file is taken; schema takes text.
 """
 
 RECIPES: dict[str, type[BaseModel]] = {
@@ -49,7 +51,10 @@ RECIPES: dict[str, type[BaseModel]] = {
     "omni": OmniRecipeConfig,
     "vl": VLRecipeConfig,
     "dit": DitRecipeConfig,
+    "dpo": DPORecipeConfig,
+    "distill": DistillRecipeConfig,
     "infer": InferRecipeConfig,
+    "evaluate": EvaluateRecipeConfig,
 }
 
 

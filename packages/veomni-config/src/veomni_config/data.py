@@ -35,7 +35,7 @@ class DataConfig(Section):
     train_size: int = Field(
         default=10_000_000, ge=1, description="Tokens an epoch, from which the steps follow when `train.dyn_bsz` is on."
     )
-    data_type: Literal["plaintext", "conversation", "diffusion"] = Field(
+    data_type: Literal["plaintext", "conversation", "preference", "diffusion"] = Field(
         default="conversation", description="Kind of a sample, which chooses how it becomes tokens."
     )
     dataloader_type: Literal["native"] = Field(default="native", description="Which data loader is used.")

@@ -6,7 +6,7 @@ from .architecture import attention_heads, experts
 from .batch_plan import BatchPlan, divisors_near, plan_batches
 from .data import DataConfig
 from .errors import ConfigError, Problem
-from .infer import InferConfig
+from .infer import EvaluateConfig, InferConfig
 from .model import ModelConfig
 from .section import Section, rule
 from .train import TrainConfig
@@ -113,6 +113,12 @@ class InferRecipeConfig(Section):
     """Configuration of the inference script."""
 
     infer: InferConfig
+
+
+class EvaluateRecipeConfig(Section):
+    """Configuration of the evaluation script."""
+
+    evaluate: EvaluateConfig
 
 
 def _divides(key: str, size: int, whole: int | None, things: str) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .distill import DistillRecipeConfig
 from .dit import DitRecipeConfig
-from .infer import InferConfig
+from .infer import EvaluateConfig, InferConfig
 from .omni import OmniRecipeConfig, VLRecipeConfig
-from .recipe import InferRecipeConfig, RecipeConfig
+from .preference import DPORecipeConfig
+from .recipe import EvaluateRecipeConfig, InferRecipeConfig, RecipeConfig
 from .schema import ConfigKey, allowed, config_keys
 from .yaml_writer import plain_value, to_yaml
 
@@ -36,9 +38,12 @@ def reference_page() -> str:
         ("What the omni recipe adds", OmniRecipeConfig),
         ("What the vision-language recipe adds", VLRecipeConfig),
         ("What the recipe of diffusion transformers adds", DitRecipeConfig),
+        ("What the recipe of preference optimization adds", DPORecipeConfig),
+        ("What the recipe of distillation adds", DistillRecipeConfig),
     ):
         parts += [f"## {title}\n", _table(key for key in config_keys(cls) if key.dotted not in base)]
     parts += ["## infer\n", f"{_summary(InferConfig)}\n", _table(config_keys(InferRecipeConfig))]
+    parts += ["## evaluate\n", f"{_summary(EvaluateConfig)}\n", _table(config_keys(EvaluateRecipeConfig))]
     return "\n".join(parts)
 
 

@@ -10,7 +10,7 @@ from veomni_models.adapters import (
 )
 from veomni_models.auto import register_omni_model
 from veomni_models.decoders import build_picture_decoder, register_decoder
-from veomni_models.distillation import fused_linear_distillation
+from veomni_models.distillation import Distillation, fused_linear_distillation
 from veomni_models.drawing import DrawingOptions, Reply, drawing_options, reply
 from veomni_models.errors import ModelError
 from veomni_models.flops import flops_per_step, mfu
@@ -18,7 +18,7 @@ from veomni_models.flow_decoder import FlowDecoder
 from veomni_models.foundation import build_foundation_model, build_processor, build_tokenizer, load_config
 from veomni_models.fused_cross_entropy import fused_linear_cross_entropy, use_fused_loss
 from veomni_models.initialization import copy_weights, initialize_weights
-from veomni_models.log_probs import fused_linear_log_probs, sum_by_sample
+from veomni_models.log_probs import fused_linear_log_probs, sum_by_sample, use_log_probs
 from veomni_models.omni import OmniModel, build_omni_model, load_decoders, load_encoders
 from veomni_models.omni_config import OmniConfig, is_omni_folder
 from veomni_models.omni_processor import OmniProcessor, build_omni_processor
@@ -38,6 +38,7 @@ from veomni_models.towers import register_encoder
 from veomni_models.vq_tokenizer import VQTokenizer
 
 __all__ = [
+    "Distillation",
     "DrawingOptions",
     "FlowDecoder",
     "LinearProjector",
@@ -87,5 +88,6 @@ __all__ = [
     "sum_by_sample",
     "tiny_config",
     "use_fused_loss",
+    "use_log_probs",
     "without_adapters",
 ]

@@ -271,6 +271,8 @@ def _outside(modules: Mapping[str, nn.Module], outer: Mapping[str, nn.Module]) -
 
 
 def _ddp(model: nn.Module, state: ParallelState) -> nn.Module:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return model.to(state.device)  # DDP refuses a model in which nothing learns, such as a teacher
     # Buffers of a transformer are constants; broadcasting them would make every forward a collective.
     # torch 2.14 renamed the argument.
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters

@@ -14,6 +14,8 @@ RECIPES = {
     "train_omni_model": "veomni_recipes.tasks.omni.train_omni_model",
     "train_qwen_vl": "veomni_recipes.tasks.omni.train_qwen_vl",
     "train_qwen_omni": "veomni_recipes.tasks.omni.train_qwen_omni",
+    "train_dpo": "veomni_recipes.tasks.train_dpo",
+    "train_distill": "veomni_recipes.tasks.train_distill",
     "train_image_tokenizer": "veomni_recipes.tasks.omni.train_image_tokenizer",
     "prepare_dit": "veomni_recipes.tasks.dit.prepare_dit",
     "train_dit": "veomni_recipes.tasks.dit.train_dit",

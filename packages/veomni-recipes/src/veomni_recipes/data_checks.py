@@ -37,6 +37,7 @@ def sizes_that_differ(dataset: Any, cfg: RecipeConfig) -> str:
 
 def _length(dataset: Sequence[Any], index: int) -> int:
     try:
-        return len(dataset[index]["input_ids"])
+        made = dataset[index]
     except DataError:
         return 0
+    return sum(len(sample["input_ids"]) for sample in (made if isinstance(made, list) else [made]))

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from veomni_config import (
     ConfigError,
+    DistillRecipeConfig,
+    DPORecipeConfig,
     OmniRecipeConfig,
     Problem,
     RecipeConfig,
@@ -22,10 +24,11 @@ from veomni_config import (
     parse_args,
 )
 
-from veomni_recipes.smoke_data import texts, write_conversations, write_media, write_texts
+from veomni_recipes.smoke_data import texts, write_conversations, write_media, write_preferences, write_texts
 from veomni_recipes.smoke_vision import save_tiny_model
 
 ARCHITECTURES = {
+    "Qwen/Qwen3-0.6B": "qwen3",
     "Qwen/Qwen3-8B": "qwen3",
     "Qwen/Qwen3-8B-Base": "qwen3",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
@@ -60,6 +63,8 @@ _DECODERS: dict[str, dict[str, Any]] = {
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIAL += ["<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
 _CLASSES = {
+    "train_dpo": DPORecipeConfig,
+    "train_distill": DistillRecipeConfig,
     "train_omni_model": OmniRecipeConfig,
     "train_qwen_vl": VLRecipeConfig,
     "train_qwen_omni": VLRecipeConfig,
@@ -95,14 +100,22 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
         if parts:
             write_media(data, cfg.data.text_keys, cfg.model.encoders, draw=bool(cfg.model.decoders))
         else:
-            (write_texts if cfg.data.data_type == "plaintext" else write_conversations)(data, cfg.data.text_keys)
+            writers = {"plaintext": write_texts, "preference": write_preferences}
+            writers.get(cfg.data.data_type, write_conversations)(data, cfg.data.text_keys)
     length = 1024 if isinstance(cfg, VLRecipeConfig) else 256  # a video alone becomes 256 tokens of an omni model
     return write_config(
         cfg,
         argv,
         processes,
         folder,
-        model={"model_path": str(model), "config_path": None, "tokenizer_path": None, "foundation": {}, **parts},
+        model={
+            "model_path": str(model),
+            "config_path": None,
+            "tokenizer_path": None,
+            "foundation": {},
+            **({"teacher_path": str(model)} if isinstance(cfg, DistillRecipeConfig) else {}),
+            **parts,
+        },
         data={"train_path": str(data), "max_seq_len": length, "train_size": 100_000},
     )
 

@@ -36,6 +36,17 @@ def write_conversations(path: Path, key: str | None) -> None:
     )
 
 
+def write_preferences(path: Path, key: str | None) -> None:
+    """A beginning of a paragraph of the documentation: it goes on as it does, or with its words the other way round."""
+    lines = []
+    for text in texts():
+        if len(words := text.split()[:60]) >= 8:
+            half = len(words) // 2
+            answers = {"chosen": " ".join(words[half:]), "rejected": " ".join(reversed(words[half:]))}
+            lines.append({"prompt": " ".join(words[:half]), **answers})
+    write_lines(path, lines)
+
+
 def write_media(path: Path, key: str | None, kinds: Collection[str], *, draw: bool = False, count: int = 200) -> None:
     """Questions about digits, with a picture and what else is read; with `draw`, each second asks for a picture.
 

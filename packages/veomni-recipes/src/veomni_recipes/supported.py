@@ -27,6 +27,8 @@ TEXT = (
     "train.eval_answers",
     "data.image_keys",
     "model.encoders",
+DISTILL = (*TEXT, "train.enable_fused_loss", "train.tensor_parallel_size")
+DPO = (*DISTILL, "train.best_metric", "train.export_checkpoint")
     "model.decoders",
     "model.input_encoder",
     "model.output_encoder",

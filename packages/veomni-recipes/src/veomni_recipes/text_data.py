@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from veomni_config import ConfigError, DataConfig, ModelConfig, Problem, RecipeConfig
-from veomni_data import DataDescription, Sample, get_chat_template, process_pretrain_example, process_sft_example
+from veomni_data import (
+    DataDescription,
+    Sample,
+    get_chat_template,
+    process_preference_example,
+    process_pretrain_example,
+    process_sft_example,
+)
 from veomni_models import build_tokenizer
 
 
@@ -40,10 +47,14 @@ def text_transform(data: DataConfig, tokenizer: Any) -> Callable[[Mapping[str, A
             text_keys=data.text_keys,
             columns=columns,
         )
-    if data.data_type != "conversation":
-        raise ConfigError([Problem("data.data_type", f"{data.data_type} is not text: plaintext or conversation")])
+    if data.data_type not in ("conversation", "preference"):
+        text = f"{data.data_type} is not text: plaintext, conversation or preference"
+        raise ConfigError([Problem("data.data_type", text)])
     template = get_chat_template(data.chat_template, tokenizer)
     tokenizer.chat_template = template.source
+    if data.data_type == "preference":
+        encode = partial(process_sft_example, tokenizer=tokenizer, template=template)
+        return partial(process_preference_example, encode=encode, columns=columns)
     keys = data.text_keys or "messages"
     return partial(process_sft_example, tokenizer=tokenizer, template=template, text_keys=keys, columns=columns)
 
