@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from veomni_ckpt import export_hf, load_pretrained
 from veomni_config import ConfigError, DitModelConfig, Problem
+from veomni_models import without_adapters
 
 from veomni_recipes.diffusion_transformers import Family, family_of
 from veomni_recipes.distributed import barrier, rank
@@ -90,18 +91,19 @@ def build_transformer(config: Mapping[str, Any], *, seed: int, on_meta: bool = F
 
 
 def load_transformer(model: nn.Module, folder: Path | None, device: torch.device) -> None:
-    """Fill a transformer, sharded or not, with the weights of a pipeline's folder; what is on meta gets storage.
+    """Fill a transformer, sharded or not, with the weights of a pipeline's folder; what is on meta gets its memory.
 
-    Without a folder it keeps the weights that it has.
+    Adapters are left alone; without a folder all weights are.
     """
     if folder is None:
         return
-    if any(parameter.is_meta for parameter in model.parameters()):
-        buffers = dict(model.named_buffers())
-        model.to_empty(device=device)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    load_pretrained(model, folder / "transformer")
+    with without_adapters(model):
+        saved = model.state_dict().keys()
+        computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+        load_pretrained(model, folder / "transformer", device=device)
+        for name, buffer in model.named_buffers():  # memory for what was on meta is new memory for all
+            if name in computed:
+                buffer.copy_(computed[name])
 
 
 def load_scheduler(model: DitModelConfig) -> Any:
@@ -154,7 +156,8 @@ def load_encoders(
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = [name for name in index if name.startswith(("text_encoder", "tokenizer"))] if only_vae else []
         cls = getattr(diffusers, family.pipeline)
-        without = dict.fromkeys(["transformer", *parts])
+        absent = [name for name, part in index.items() if isinstance(part, list) and part[0] is None]
+        without = dict.fromkeys(["transformer", *parts, *absent])
         pipeline = cls.from_pretrained(folder, **without, torch_dtype=dtype).to(device)
         pipeline.set_progress_bar_config(disable=True)
     if family.pipeline == "DiTPipeline" and not only_vae:
@@ -282,7 +285,7 @@ def export_adapters(model: nn.Module, folder: Path, *, family: Family, base: Pat
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         config = copy.deepcopy(inner.peft_config["default"])
-        config.base_model_name_or_path = str(base)
+        config.base_model_name_or_path = str(base.resolve()) if base is not None else None
         getattr(diffusers, family.pipeline).save_lora_weights(
             partial, transformer_lora_layers=tensors, transformer_lora_adapter_metadata=config.to_dict()
         )

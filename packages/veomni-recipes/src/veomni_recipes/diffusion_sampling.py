@@ -220,7 +220,8 @@ def sample(
     if adapters is not None:
         settings = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
         folder = Path(settings["base_model_name_or_path"])
-    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    there = torch.accelerator.is_available()
+    device = torch.device(torch.accelerator.current_accelerator() or "cpu") if there else torch.device("cpu")
     model = diffusers.AutoModel.from_pretrained(str(folder / "transformer")).to(device)
     config = {**model.config, "_class_name": type(model).__name__}
     if adapters is not None:

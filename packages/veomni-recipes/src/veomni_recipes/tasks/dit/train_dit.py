@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     if on_meta:
         load_transformer(model, base, device)
     if cfg.train.train_architecture == "lora":
-        initialize_adapters(model, cfg.train.seed, device)
+        initialize_adapters(getattr(model, "module", model), cfg.train.seed, device)
     predict = partial(family.predict, model, config)
     optimizer = build_optimizer(
         model,
