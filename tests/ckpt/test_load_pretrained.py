@@ -265,3 +265,32 @@ def test_if_the_rank_that_reads_fails_all_raise(two_ranks: Ranks, tmp_path: Path
     for message in two_ranks.run(load_what_breaks, tmp_path / "absent"):
         assert message.startswith("rank 0: ")
         assert "is no Hugging Face folder" in message
+
+
+def export_and_measure(folder: Path) -> tuple[float, float]:
+    """MiB that this rank's memory grew by at its peak, and its shard's size."""
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False, device="meta") for _ in range(12)))
+    for layer in model:
+        fully_shard(layer)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.to_local().fill_(1.0)
+
+    def status(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = status("VmRSS")
+    export_hf(model, folder, max_shard_size="64MB")
+    return status("VmHWM") - before, sum(p.to_local().nbytes for p in model.parameters()) / 2**20
+
+
+@pytest.mark.slow
+def test_no_rank_holds_more_than_a_file_while_it_exports(four_ranks: Ranks, tmp_path: Path) -> None:
+    """201 MB in files of 64 MB: beside its shard a rank holds a block, in what it gets and in what it writes."""
+    for grown, shard in four_ranks.run(export_and_measure, tmp_path / "hf", timeout=300):
+        assert shard == 48
+        assert grown < 61
+    assert len(load_all(tmp_path / "hf")) == 12

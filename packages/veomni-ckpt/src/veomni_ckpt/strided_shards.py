@@ -6,14 +6,15 @@ rows that do not lie next to each other, of which DCP's own plan for a DTensor m
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
+
+from veomni_ckpt.local_pieces import local_pieces
 
 
 def with_pieces(tree: Any) -> Any:
@@ -38,14 +39,7 @@ class Pieces(torch.Tensor):
         raise TypeError(f"{func} cannot be computed on pieces of a tensor, which are there to be saved and loaded")
 
     def __init__(self, tensor: DTensor) -> None:
-        local = tensor.to_local()
-        self.pieces: dict[torch.Size, torch.Tensor] = {}
-        ranges = [_ranges(tensor, dim) for dim in range(tensor.ndim)]
-        for chosen in product(*ranges):
-            piece = local
-            for dim, (_, first, length) in enumerate(chosen):
-                piece = piece.narrow(dim, first, length)
-            self.pieces[torch.Size(start for start, _, _ in chosen)] = piece
+        self.pieces = {torch.Size(first for first, _ in box): piece for box, piece in local_pieces(tensor)}
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offsets, piece.size()) for offsets, piece in self.pieces.items()]
@@ -65,17 +59,3 @@ class Pieces(torch.Tensor):
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         return self.pieces[torch.Size(index.offset or ())]
-
-
-def _ranges(tensor: DTensor, dim: int) -> list[tuple[int, int, int]]:
-    """Of a dimension: where each run of this rank's rows begins in the whole and here, and how many they are."""
-    length = tensor.size(dim)
-    for place, placement in enumerate(tensor.placements):
-        if not isinstance(placement, Shard | _StridedShard) or placement.dim % tensor.ndim != dim:
-            continue
-        ranks, rank = tensor.device_mesh.size(place), tensor.device_mesh.get_local_rank(place)
-        blocks = placement.split_factor if isinstance(placement, _StridedShard) else 1
-        whole, part = length // blocks, -(-(length // blocks) // ranks)
-        own = max(0, min(part, whole - rank * part))
-        return [(block * whole + rank * part, block * own, own) for block in range(blocks)]
-    return [(0, 0, length)]
