@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from veomni_recipes.evaluation import Answer
 
 
-def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss and learning rate over steps, from the lines of metrics.jsonl."""
+def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, validations: Sequence[dict[str, Any]] = ()) -> None:
+    """Loss and learning rate over steps, from the lines of metrics.jsonl and, as points, validation.jsonl."""
     from matplotlib.figure import Figure
 
     steps = [line["step"] for line in metrics]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.semilogy(steps, [line["loss"] for line in metrics], color="tab:blue")
+    if validations:
+        axes.semilogy([v["step"] for v in validations], [v["loss"] for v in validations], "o-k", label="held-out data")
+        axes.legend()
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a target token)", color="tab:blue")
     axes.grid(alpha=0.3)

@@ -8,18 +8,30 @@ from __future__ import annotations
 import base64
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from veomni_recipes.run_folder import METRICS, read_metrics
+from veomni_recipes.run_folder import METRICS, VALIDATION, read_json, read_metrics
 
 _POINTS = 2000  # of a curve; more are averaged, for the page stays small and no screen shows them
 _ANSWERS = 24
-_FIRST = ("loss", "grad_norm", "lr", "tokens_per_second")  # charts in this order, then the others
-_NOT_DRAWN = ("step", "epoch")
+_FIRST = (
+    "loss",
+    "validation: loss",
+    "validation: accuracy",
+    "grad_norm",
+    "lr",
+    "tokens_per_second",
+    "mfu",
+    "tflops_per_second",
+    "peak_memory_gb",
+    "data_wait_seconds",
+)  # charts in this order, then groups such as the losses by source, then the others
+_GROUPS = ("losses: ", "losses_by_source: ", "shares: ", "validation: ")
+_NOT_DRAWN = ("step", "epoch", "validation: step", "validation: epoch", "validation: targets")
 
 
 class ReportError(ValueError):
@@ -57,7 +69,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
 
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     metrics = list(dict.fromkeys(metric for run in runs for metric in run.curves))
-    metrics.sort(key=lambda metric: _FIRST.index(metric) if metric in _FIRST else len(_FIRST))
+    metrics.sort(key=_place)
     charts = [
         {"metric": m, "runs": [{"name": r.name, "steps": c[0], "values": c[1]} for r in runs if (c := r.curves.get(m))]}
         for m in metrics
@@ -86,7 +98,8 @@ def read_run(folder: Path, name: str) -> Run:
     """
     try:
         lines = read_metrics(folder)
-        summary = _read_json(folder / "summary.json")
+        validations = read_metrics(folder, VALIDATION)
+        summary = read_json(folder / "summary.json")
         answers = _read_answers(folder / "predictions.jsonl")
     except (ValueError, OSError) as error:
         raise ReportError(f"{folder} cannot be read: {error}") from error
@@ -94,9 +107,9 @@ def read_run(folder: Path, name: str) -> Run:
         raise ReportError(f"{folder} is not the folder of a run: it holds no {METRICS} with a step in it")
     return Run(
         name,
-        {metric: _thinned(*curve) for metric, curve in _curves(lines).items()},
+        {metric: _thinned(*curve) for metric, curve in _curves(lines, validations).items()},
         dict(_leaves(_read_config(folder / "config.yaml"))),
-        _figures(lines, summary),
+        figures(lines, summary, validations),
         [(p.stem.replace("_", " "), _data_url(p)) for p in sorted(folder.glob("*.png")) if p.name != "loss.png"],
         answers,
     )
@@ -119,9 +132,19 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise ReportError(f"the same run is named twice: {', '.join(map(str, folders))}")
 
 
-def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+def _place(metric: str) -> tuple[int, str]:
+    """Where a chart comes among the others."""
+    if metric in _FIRST:
+        return _FIRST.index(metric), ""
+    group = next((i for i, group in enumerate(_GROUPS) if metric.startswith(group)), len(_GROUPS))
+    return len(_FIRST) + group, metric if group < len(_GROUPS) else ""
+
+
+def _curves(
+    lines: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[list[float], list[float]]]:
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for line in lines:
+    for line in [*lines, *({"step": line["step"], "validation": line} for line in validations)]:
         for metric, value in _numbers(line):
             if metric not in _NOT_DRAWN:
                 steps, values = curves.setdefault(metric, ([], []))
@@ -146,12 +169,15 @@ def _thinned(steps: list[float], values: list[float]) -> tuple[list[float], list
     return [steps[i] for i in starts], [statistics.fmean(values[i : i + size]) for i in starts]
 
 
-def _figures(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, str]:
+def figures(
+    lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], validations: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, str]:
+    """What a run came to, by heading, from its metrics, summary and validations."""
     last = lines[-max(1, len(lines) // 20) :]
     found = {
         "steps": f"{lines[-1]['step']:,}",
         "tokens": f"{sum(line.get('tokens', 0) for line in lines):,}",
-        "loss (mean of the last 5 %)": f"{statistics.fmean(line['loss'] for line in last):.4f}",
+        "loss (mean of the last 5 %)": f"{_mean(line['loss'] for line in last):.4f}",
         "tokens/s (median)": f"{statistics.median(line.get('tokens_per_second', 0) for line in lines):,.0f}",
     }
     for name, value in summary.items():
@@ -162,8 +188,27 @@ def _figures(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
         elif name == "seconds":
             found["seconds in all"] = f"{value:,.0f}"
     if peak := max((line.get("peak_memory_gb", 0) for line in lines), default=0):
-        found["peak memory, GB"] = f"{peak:.2f}"
+        found["peak memory of a rank, GB"] = f"{peak:.2f}"
+    if shares := [line["mfu"] for line in lines if "mfu" in line]:
+        found["MFU (median)"] = f"{statistics.median(shares):.1%}"
+    if seconds := sum(line.get("seconds", 0) for line in lines):
+        found["waited for data"] = f"{sum(line.get('data_wait_seconds', 0) for line in lines) / seconds:.1%}"
+    if skipped := sum(not _is_finite(line["loss"]) for line in lines):
+        found["steps whose loss is not finite"] = f"{skipped:,}"
+    if validations:
+        best = min(validations, key=lambda line: line["loss"])
+        found["validation loss (last)"] = f"{validations[-1]['loss']:.4f}"
+        found["validation loss (least)"] = f"{best['loss']:.4f} at step {best['step']:,}"
     return found
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if _is_finite(value)]
+    return statistics.fmean(finite) if finite else float("nan")
 
 
 def _read_config(path: Path) -> Any:
@@ -183,10 +228,6 @@ def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{path}.{name}" if path else str(name))
     else:
         yield path, json.dumps(values, default=str)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _read_answers(path: Path) -> list[dict[str, Any]]:

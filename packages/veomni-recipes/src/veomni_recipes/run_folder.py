@@ -60,6 +60,11 @@ def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file that is there whole or not at all."""
     _write(path, json.dumps(values, indent=2) + "\n")
@@ -103,3 +108,5 @@ def say_goodbye(
             print(
                 f'ask it about a {kind} of your own: {command} {kind.upper()} "{question}" --run {folder}', flush=True
             )
+        elif (folder / "hf_ckpt" / "tokenizer_config.json").is_file():
+            print(f"talk with it: {command} --run {folder}", flush=True)
