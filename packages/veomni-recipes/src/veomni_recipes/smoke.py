@@ -62,7 +62,7 @@ _DECODERS: dict[str, dict[str, Any]] = {
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIAL += ["<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]
-_CLASSES = {
+_CLASSES: dict[str, type[RecipeConfig]] = {
     "train_dpo": DPORecipeConfig,
     "train_distill": DistillRecipeConfig,
     "train_omni_model": OmniRecipeConfig,
@@ -118,6 +118,38 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
         },
         data={"train_path": str(data), "max_seq_len": length, "train_size": 100_000},
     )
+
+
+def recipe_for(argv: Sequence[str]) -> str:
+    """The recipe that a configuration is most likely for.
+
+    Raises:
+        ConfigError: the configuration is wrong for all of them.
+    """
+    written = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) if Path(argv[0]).is_file() else {}
+    model = written.get("model") or {} if isinstance(written, dict) else {}
+    if model.get("encoders") or model.get("decoders"):
+        return "train_omni_model"
+    kind = architecture(parse_args(VLRecipeConfig, list(argv)))
+    return "train_qwen_omni" if "thinker" in kind else "train_qwen_vl" if "_vl" in kind else "train_torch"
+
+
+def check_arguments(recipe: str, argv: Sequence[str], folder: Path) -> tuple[int, list[str]]:
+    """How many ranks `veomni check` takes, and their arguments: a tiny model in float32, the data that there are.
+
+    Args:
+        recipe, argv, folder: see `smoke_config`.
+    """
+    cfg = parse_args(_CLASSES.get(recipe, RecipeConfig), list(argv))
+    several = sum(getattr(cfg.train, key) > 1 for key in (*_SPLITTING, "data_parallel_replicate_size"))
+    processes = 4 if several > 1 else 2
+    path = smoke_config(recipe, argv, processes, folder)
+    changes = ["--train.enable_mixed_precision=false", "--train.init_device=cpu", "--data.datasets_type=mapping"]
+    if Path(cfg.data.train_path).exists():
+        changes.append(f"--data.train_path={cfg.data.train_path}")
+    else:
+        print(f"{cfg.data.train_path} is not there: small real data take its place", flush=True)
+    return processes, [str(path), *changes]
 
 
 def write_config(
