@@ -196,6 +196,15 @@ def test_a_packed_row_with_positions_of_three_axes_has_those_that_tell_its_sampl
     assert again["position_ids"].equal(batch["position_ids"])
 
 
+def test_positions_between_two_whole_ones_stay_what_they_are() -> None:
+    positions = torch.tensor([[0, 1, 1 + 50 / 3], [0, 1, 1], [0, 1, 1]])
+    samples = [sample(2), sample(3, position_ids=positions)]
+    row, padded = PackingCollator()(samples)["position_ids"], PaddingCollator()(samples)["position_ids"]
+    assert row[1:, 0, 2:].equal(positions)
+    assert row[0, 0].tolist() == [0, 1, 0, 1, 2]
+    assert padded[:, 1].equal(positions)
+
+
 def test_padded_rows_have_positions_of_three_axes() -> None:
     positions = torch.arange(9).reshape(3, 3)
     batch = PaddingCollator()([sample(2), sample(3, position_ids=positions)])
