@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from veomni_ckpt import CheckpointError, CheckpointManager
 from veomni_config import ConfigError
 from veomni_parallel import build_parallelize_model, init_parallel_state, loss_scale
+from veomni_recipes.adafactor import Adafactor
 from veomni_recipes.ema import update_ema
 from veomni_recipes.muon import newton_schulz
 from veomni_recipes.optimization import build_optimizer, hidden_matrices, set_learning_rate
@@ -140,6 +141,22 @@ def test_muon_is_torchs_own_on_matrices() -> None:
             moved = torch.linalg.svdvals((expert - dict(start.named_parameters())[name]).detach())
             assert moved.shape == (4, 24)
             assert (moved.amax(0) / moved.amin(0)).max() < 1.5
+
+
+def test_adafactor_is_torchs_own() -> None:
+    shapes = ((12, 33), (33,), (5, 6, 7), (1, 4), (4, 1))
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizer = Adafactor([{"params": ours}], lr=1e-2, weight_decay=0.1)
+    torchs = torch.optim.Adafactor(theirs, lr=1e-2, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(8):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator) * 10 ** (step - 4)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        torchs.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def test_newton_schulz_is_its_formula() -> None:

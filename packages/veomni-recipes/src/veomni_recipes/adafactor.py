@@ -60,8 +60,8 @@ class Adafactor(torch.optim.Optimizer):
         weight, gradient = local(parameter), local(parameter.grad)
         share, size = step ** group["beta2_decay"], parameter.numel()
 
-        length = sum_over(weight.float().square(), parameter, every).item() ** 0.5
-        alpha = max(group["eps"][1], length / size**0.5) * min(group["lr"], step**-0.5)
+        rms = (sum_over(weight.float().square(), parameter, every) / size).sqrt_()
+        alpha = rms.clamp_(min=group["eps"][1]).mul_(min(group["lr"], step**-0.5))
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         square = gradient.square()
         if ndim > 1:
@@ -73,8 +73,8 @@ class Adafactor(torch.optim.Optimizer):
         else:
             variance = local(state["variance"]).lerp_(square, share).clone()
         update = variance.clamp_(min=eps * eps).rsqrt_().mul_(gradient)
-        length = sum_over(update.float().square(), parameter, every).item() ** 0.5
-        weight.add_(update, alpha=-alpha / max(1.0, length / (size**0.5 * group["d"])))
+        rms = (sum_over(update.float().square(), parameter, every) / size).sqrt_()
+        weight.sub_(update.mul_(alpha / rms.div_(group["d"]).clamp_(min=1.0)))
 
 
 def _first_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
