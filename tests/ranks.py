@@ -67,7 +67,7 @@ class Ranks:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
-        self._collect(60)
+        self._collect(180)  # on a busy machine torch is imported slowly
 
     def _collect(self, timeout: float) -> list[Any]:
         """One answer of every rank; all are ended (and started anew by the next run) if one fails or is late."""

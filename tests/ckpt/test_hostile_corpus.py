@@ -359,12 +359,23 @@ def corpus(root: Path, proof: Path) -> Iterator[tuple[str, Path, bool]]:
         ("a list", []),
         ("no names", {"weight_map": {"a": 7}}),
         ("no map", {}),
+        ("the folder itself", {"weight_map": {"a": "."}}),
+        ("no name", {"weight_map": {"a": ""}}),
+        ("a zero byte", {"weight_map": {"a": "a\0b"}}),
+        ("a name of 100,000 letters", {"weight_map": {"a": "a" * 100_000}}),
+        ("a tensor that is not there", {"weight_map": {"b": "good.safetensors"}}),
     ):
         number += 1
         made = root / f"case{number}"
         made.mkdir()
         (made / "model.safetensors.index.json").write_text(json.dumps(index))
+        (made / "good.safetensors").write_bytes(good)
         yield f"index {name}", made, False
+    number += 1
+    made = root / f"case{number}"
+    made.mkdir()
+    (made / "model.safetensors.index.json").write_text('{"weight_map":' * 50_000)
+    yield "index nested deeply", made, False
 
 
 @pytest.mark.timeout(600)

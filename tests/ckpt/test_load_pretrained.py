@@ -18,6 +18,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from veomni_ckpt import CheckpointError, LoadReport, export_hf, load_pretrained
 from veomni_ckpt.names import named_tensors
 
+from tests.ckpt.test_hostile_corpus import safetensors_lies
+
 TEXT: dict[str, Any] = {
     "vocab_size": 37,  # odd sizes: shards of unequal length
     "hidden_size": 24,
@@ -265,6 +267,15 @@ def test_if_the_rank_that_reads_fails_all_raise(two_ranks: Ranks, tmp_path: Path
     for message in two_ranks.run(load_what_breaks, tmp_path / "absent"):
         assert message.startswith("rank 0: ")
         assert "is no Hugging Face folder" in message
+
+
+@pytest.mark.parametrize(("name", "content"), list(safetensors_lies()))
+def test_hostile_files_are_refused_before_anything_is_allocated(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(nn.Linear(4, 3), tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def export_and_measure(folder: Path) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from veomni_ckpt import CheckpointError, dcp_to_hf
+from veomni_ckpt.cli import main
 
 Tensors = dict[str, torch.Tensor]
 
@@ -82,12 +83,42 @@ def test_the_scale_comes_from_the_adapter_config(tmp_path: Path) -> None:
         [
             ({"lora_alpha": 4}, 2.0),
             ({"lora_alpha": 4, "use_rslora": True}, 4 / math.sqrt(2)),
-            ({"lora_alpha": 4, "alpha_pattern": {"q_proj": 6, "model.embed_tokens": 6, "norm": 1}}, 3.0),
+            ({"lora_alpha": 4, "alpha_pattern": {"q_proj": 6, "^model.embed_tokens": 6, "^tokens": 1, "norm": 1}}, 3.0),
         ]
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config))
         dcp_to_hf(folder, tmp_path / f"hf{number}", merge_lora=True)
         assert_close(tmp_path / f"hf{number}", merged(state, scale))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[1]", "adapter_config.json is no JSON object"),
+        ("[" * 100_000, "adapter_config.json cannot be read"),
+        ('{"lora_alpha": "16"}', "scale of the LoRA adapter is unknown"),
+        ('{"lora_alpha": true}', "scale of the LoRA adapter is unknown"),
+        ('{"lora_alpha": NaN}', "scale of the LoRA adapter is unknown"),
+        ('{"lora_alpha": 1e400}', "scale of the LoRA adapter is unknown"),
+        ('{"lora_alpha": 1%s}' % ("0" * 400), "scale of the LoRA adapter is unknown"),
+        ('{"lora_alpha": 4, "alpha_pattern": {"(a*)*b": 2}}', r"alpha_pattern .* which is no name: give lora_alpha"),
+    ],
+    ids=range(8),
+)
+def test_an_adapter_config_that_is_wrong_is_named(tmp_path: Path, config: str, message: str) -> None:
+    folder = save({"model": adapted()}, tmp_path / "dcp")
+    (folder / "adapter_config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=message):
+        dcp_to_hf(folder, tmp_path / "hf", merge_lora=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
+
+
+def test_the_command_merges_when_it_is_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save({"model": adapted()}, tmp_path / "dcp")
+    assert main(["to-hf", str(folder), str(tmp_path / "as it is")]) == 0
+    assert "--merge-lora merges them" in capsys.readouterr().out
+    assert main(["to-hf", str(folder), str(tmp_path / "hf"), "--merge-lora=default", "--lora-alpha", "16"]) == 0
+    assert_close(tmp_path / "hf", merged(adapted(), 8.0))
 
 
 def test_an_adapter_alone_is_merged_into_the_base_model(tmp_path: Path) -> None:

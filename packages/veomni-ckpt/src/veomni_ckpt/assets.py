@@ -64,7 +64,10 @@ def copy_assets(files: Iterable[Path], folder: Path, dtype: str | None) -> None:
     """Copy files into a folder; where the weights are converted, the config says the new `dtype`."""
     for file in files:
         if file.name == "config.json" and dtype is not None:
-            write_config(with_dtype(read_json(file), dtype), folder)
+            try:
+                write_config(with_dtype(read_json(file), dtype), folder)
+            except RecursionError as error:
+                raise CheckpointError(f"{file} is nested too deeply") from error
         else:
             shutil.copyfile(file, folder / file.name)
 

@@ -6,7 +6,6 @@ W + scale * B A, scale = lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabil
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veomni_ckpt.assets import read_json
 from veomni_ckpt.checkpoint import Checkpoint, Tensor
 from veomni_ckpt.errors import CheckpointError
 from veomni_ckpt.tensor_reader import TensorReader
@@ -70,13 +70,7 @@ def read_adapter_config(folders: Sequence[Path]) -> dict[str, Any]:
     for folder in folders:
         path = folder / "adapter_config.json"
         if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise CheckpointError(f"{path} cannot be read ({error})") from error
-            if not isinstance(config, dict):
-                raise CheckpointError(f"{path} is no JSON object")
-            return config
+            return read_json(path)
     return {}
 
 
@@ -147,18 +141,23 @@ def _plain(module: str) -> str:
 def _scale(module: str, rank: int, config: Mapping[str, Any], alpha: float | None) -> float:
     if alpha is None:
         patterns = config.get("alpha_pattern")
-        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-            # as peft: a pattern fits the end of a module's name
-            if module == pattern or module.endswith("." + pattern):
-                alpha = value
-                break
-        else:
-            alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float):
+        own = patterns if isinstance(patterns, dict) else {}
+        alpha = next((value for pattern, value in own.items() if _fits(pattern, module)), config.get("lora_alpha"))
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
         raise CheckpointError("the scale of the LoRA adapter is unknown: give lora_alpha, or an adapter_config.json")
     if rank < 1:
         raise CheckpointError(f"the adapter of {module} has the rank {rank}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """As in peft: a pattern fits the end of a module's name, with ^ before it the whole."""
+    plain = pattern.removeprefix("^").replace("\\.", ".")
+    if not re.fullmatch(r"[\w.-]+", plain):  # peft takes any regular expression; one of a stranger may run for ever
+        raise CheckpointError(
+            f"alpha_pattern of adapter_config.json has {pattern!r}, which is no name: give lora_alpha"
+        )
+    return module == plain or (not pattern.startswith("^") and module.endswith("." + plain))
 
 
 def check_merge(checkpoint: Checkpoint, merge: Merge, weight: Tensor) -> None:

@@ -95,7 +95,9 @@ def _weight_map(path: Path) -> dict[str, str]:
         return {}
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        outside = [name for name in weight_map.values() if name != Path(name).name or name.startswith(".")]
+        outside = [
+            name for name in weight_map.values() if name != Path(name).name or name[:1] in ("", ".") or "\0" in name
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{index} cannot be read: it has no table `weight_map`") from error
     if outside:
