@@ -102,7 +102,9 @@ class PaddingCollator:
         rows, width = batch["input_ids"].shape
         batch["position_ids"] = torch.arange(width).repeat(rows, 1)
         if axes := _axes(samples):
-            own = _pad([_positions(s, axes).T for s in samples], 0)  # [B, S, axes]
+            positions = [_positions(s, axes).T for s in samples]
+            whole = not any(p.is_floating_point() for p in positions)
+            own = _pad(positions if whole else [p.float() for p in positions], 0)  # [B, S, axes]
             batch["position_ids"] = own.permute(2, 0, 1).squeeze(0)
         batch["attention_mask"] = _pad([torch.ones(len(s["input_ids"]), dtype=torch.int64) for s in samples], 0)
         return batch | _modalities(samples)
