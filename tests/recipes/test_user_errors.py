@@ -71,4 +71,4 @@ def test_asking_without_a_model(tmp_path: Path) -> None:
         str(tmp_path),
     ]
     done = subprocess.run(ask, capture_output=True, text=True)
-    check(done, str(tmp_path), "holds no trained omni model")
+    check(done, str(tmp_path), "holds no trained model")
