@@ -115,6 +115,12 @@ class DitTrainConfig(TrainConfig):
             )
         return None
 
+    @rule("eval_steps", "eval_epochs", "eval_answers")
+    def _drawings_instead_of_validations(self) -> str | None:
+        if self.eval_steps or self.eval_epochs or self.eval_answers:
+            return "what a diffusion transformer draws is looked at, not validated: set sample_steps instead"
+        return None
+
     @rule("rmpad_with_pos_ids")
     def _pictures_are_stacked(self) -> str | None:
         if self.rmpad_with_pos_ids:

@@ -8,9 +8,13 @@ package. To change something, copy the file (it runs from anywhere) and change i
 
 from __future__ import annotations
 
+import math
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from veomni_ckpt import CheckpointError, CheckpointManager, StopSignals
 from veomni_config import ConfigError, DitRecipeConfig, dump_config, parse_args
@@ -19,6 +23,8 @@ from veomni_models import ModelError, add_adapters, initialize_adapters
 from veomni_parallel import (
     ParallelError,
     ParallelPlan,
+    ParallelState,
+    Watchdog,
     build_parallelize_model,
     clip_grad_norm_,
     global_sum,
@@ -27,6 +33,7 @@ from veomni_parallel import (
 )
 
 from veomni_recipes.charts import draw_loss
+from veomni_recipes.determinism import make_deterministic
 from veomni_recipes.diffusion import add_noise, draw, drop_conditions, noise_shift
 from veomni_recipes.diffusion_data import conditions_of, read_sample, read_unconditional, shape_of, stack_samples
 from veomni_recipes.diffusion_pipeline import (
@@ -43,12 +50,16 @@ from veomni_recipes.diffusion_sampling import Drawings
 from veomni_recipes.diffusion_transformers import count_latent_tokens, family_of
 from veomni_recipes.distributed import barrier, init_distributed, rank, to_device, world_size
 from veomni_recipes.ema import ema_weights, update_ema
+from veomni_recipes.errors import TrainingError
 from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
 from veomni_recipes.layout import offloading, parallel_state, wrapping
+from veomni_recipes.memory import tidied_together
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
+from veomni_recipes.profiling import traced
 from veomni_recipes.progress import Display, Progress
-from veomni_recipes.run_folder import Metrics, open_run_folder, read_metrics, say_goodbye, write_json
+from veomni_recipes.run_folder import open_run_folder, read_metrics, say_goodbye, write_json
 from veomni_recipes.supported import refuse_without_effect
+from veomni_recipes.trackers import StepLog
 from veomni_recipes.training_data import left_out
 
 WITHOUT_EFFECT = (
@@ -56,16 +67,34 @@ WITHOUT_EFFECT = (
     *("model.foundation", "model.encoders", "model.decoders", "model.input_encoder", "model.output_encoder"),
     *("model.encode_target", "model.moe_implementation", "model.attn_implementation"),
     *("train.vit_lr", "train.balance_ranks", "train.dyn_bsz_count_mode", "train.dyn_bsz_margin"),
-    *("train.bsz_warmup_ratio", "train.expert_parallel_size", "train.ep_outside", "train.enable_full_determinism"),
-    *("train.enable_profiling", "train.use_wandb"),
+    *("train.bsz_warmup_ratio", "train.expert_parallel_size", "train.ep_outside", "train.enable_fused_loss"),
+    *("train.bad_step", "train.spike_sigma", "train.best_metric", "train.export_checkpoint"),
 )
 
 
-@ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError)
+def build_model(cfg: DitRecipeConfig, state: ParallelState, base: Path | None) -> nn.Module:
+    """The transformer over ranks: drawn by the seed, or meta -> sharded -> weights, so that no rank holds all of it."""
+    config, on_meta = transformer_config(cfg.model), cfg.train.init_device == "meta"
+    model = build_transformer(config, seed=cfg.train.seed, on_meta=on_meta)
+    if not on_meta:
+        load_transformer(model, base, state.device)
+    if cfg.train.train_architecture == "lora":
+        add_adapters(model, cfg.model.lora_config)
+    units = ParallelPlan(shard_units=cfg.model.basic_modules or None, no_shard=family_of(config["_class_name"]).whole)
+    model = build_parallelize_model(model, state, plan=units, **wrapping(cfg.train))
+    if on_meta:
+        load_transformer(model, base, state.device)
+    if cfg.train.train_architecture == "lora":
+        initialize_adapters(getattr(model, "module", model), cfg.train.seed, state.device)
+    return model
+
+
+@ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError)
 def main(argv: list[str] | None = None) -> None:
     """Train, draw, and export."""
     cfg = parse_args(DitRecipeConfig, argv)
     refuse_without_effect(cfg, WITHOUT_EFFECT)
+    make_deterministic(cfg.train)
     device = init_distributed()
     config, scheduler = transformer_config(cfg.model), load_scheduler(cfg.model)
     base = pipeline_folder(cfg.model.model_path) if cfg.model.model_path else None
@@ -81,21 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     total_steps = steps_per_epoch * cfg.train.num_train_epochs
     state = parallel_state(cfg.train, plan, device)
 
-    # model: drawn by the seed, or meta -> sharded -> weights, so that no rank ever holds all of it
-    on_meta = cfg.train.init_device == "meta"
-    model = build_transformer(config, seed=cfg.train.seed, on_meta=on_meta)
-    if not on_meta:
-        load_transformer(model, base, device)
-    if cfg.train.train_architecture == "lora":
-        add_adapters(model, cfg.model.lora_config)
+    model = build_model(cfg, state, base)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    units = ParallelPlan(shard_units=cfg.model.basic_modules or None, no_shard=family.whole)
-    model = build_parallelize_model(model, state, plan=units, **wrapping(cfg.train))
-    if on_meta:
-        load_transformer(model, base, device)
-    if cfg.train.train_architecture == "lora":
-        initialize_adapters(getattr(model, "module", model), cfg.train.seed, device)
     predict = partial(family.predict, model, config)
     optimizer = build_optimizer(
         model,
@@ -136,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
         ledger=folder / "ledger",
     )
     stop, stopped = StopSignals().listen(), False
-    checkpoints = CheckpointManager(folder / "checkpoints", async_save=cfg.train.save_async)
+    checkpoints = CheckpointManager(
+        folder / "checkpoints", keep_last=cfg.train.keep_last, async_save=cfg.train.save_async
+    )
     progress = Progress()
     if resume_from is not None:
         saved = checkpoints.load(resume_from, model, optimizer)
@@ -147,77 +166,85 @@ def main(argv: list[str] | None = None) -> None:
         decoder = load_encoders(base, config, cfg.model.labels, device, only_vae=True)
         prompts = build_dataset(cfg.data.eval_path, transform=encoded)
         drawings = Drawings(cfg, model, config, scheduler, unconditional, state, decoder, prompts)
-    metrics = Metrics(folder, progress.step) if first else None
     display = Display(total_steps, progress.step, shown=first)
+    log = StepLog(cfg, progress.step, display, on=first)
     display.say(f"{parameters:,} parameters, of which {trained:,} learn; {state.describe()}")
     display.say(f"{total_steps} steps of {plan.tokens_per_step:,} latent tokens, {plan.accumulation} batches a rank")
     startup = seconds_since_launch()
 
-    while progress.epoch < cfg.train.num_train_epochs:
-        for micro_batches in progress.steps(loader, steps_per_epoch):
-            lr = learning_rate(progress.step, total_steps, cfg.train)
-            set_learning_rate(optimizer, lr)
+    with ExitStack() as around:
+        trace = around.enter_context(traced(cfg.train, folder, progress.step))
+        tidy = around.enter_context(tidied_together(cfg.train))
+        timeout = cfg.train.hang_timeout
+        beat = around.enter_context(Watchdog(timeout)).beat if timeout else str
+        while progress.epoch < cfg.train.num_train_epochs:
+            for micro_batches in progress.steps(loader, steps_per_epoch):
+                lr = learning_rate(progress.step, total_steps, cfg.train)
+                set_learning_rate(optimizer, lr)
 
-            # the loss is the mean square over the latent values of the whole step, over all ranks
-            values = global_sum(sum(batch["latents"].numel() for batch in micro_batches), state.dp)
-            loss = torch.zeros((), device=device)
-            for i, batch in enumerate(micro_batches):
-                draws = draw(
-                    batch["ids"],
-                    batch["latents"].shape[1:],
-                    seed=cfg.train.seed,
-                    step=progress.step,
-                    sampling=cfg.train.timestep_sampling,
-                    logit_mean=cfg.train.logit_mean,
-                    logit_std=cfg.train.logit_std,
-                    condition_dropout=cfg.train.condition_dropout,
+                # the loss is the mean square over the latent values of the whole step, over all ranks
+                values = global_sum(sum(batch["latents"].numel() for batch in micro_batches), state.dp)
+                loss = torch.zeros((), device=device)
+                for i, batch in enumerate(micro_batches):
+                    draws = draw(
+                        batch["ids"],
+                        batch["latents"].shape[1:],
+                        seed=cfg.train.seed,
+                        step=progress.step,
+                        sampling=cfg.train.timestep_sampling,
+                        logit_mean=cfg.train.logit_mean,
+                        logit_std=cfg.train.logit_std,
+                        condition_dropout=cfg.train.condition_dropout,
+                    )
+                    shift = cfg.train.timestep_shift or noise_shift(scheduler, batch["tokens"] // len(batch["ids"]))
+                    batch, noise, time = to_device(batch, device), draws.noise.to(device), draws.time.to(device)
+                    noisy, timestep, target = add_noise(scheduler, batch["latents"].float(), noise, time, shift)
+                    conditions = drop_conditions(conditions_of(batch), unconditional, draws.dropped.to(device))
+                    with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
+                        predicted = predict(noisy, timestep, conditions, cfg.model.embedded_guidance)
+                        part = F.mse_loss(predicted.float(), target, reduction="sum") / values
+                        (part * loss_scale(state)).backward()
+                    loss += part.detach()
+                grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
+                numbers = {"loss": global_sum(loss, state.dp).item(), "grad_norm": grad_norm.item()}
+                if not all(map(math.isfinite, numbers.values())):
+                    where = f"{folder / 'ledger'} says which samples were in it"
+                    raise TrainingError(f"step {progress.step} is not applied and the run ends: {numbers}; {where}")
+                optimizer.step()
+                update_ema(optimizer, cfg.train.ema_decay)
+                optimizer.zero_grad()
+
+                tokens, samples = (
+                    global_sum(sum(sizes), state.dp)
+                    for sizes in ([b["tokens"] for b in micro_batches], [len(b["ids"]) for b in micro_batches])
                 )
-                shift = cfg.train.timestep_shift or noise_shift(scheduler, batch["tokens"] // len(batch["ids"]))
-                batch, noise, time = to_device(batch, device), draws.noise.to(device), draws.time.to(device)
-                noisy, timestep, target = add_noise(scheduler, batch["latents"].float(), noise, time, shift)
-                conditions = drop_conditions(conditions_of(batch), unconditional, draws.dropped.to(device))
-                with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
-                    predicted = predict(noisy, timestep, conditions, cfg.model.embedded_guidance)
-                    part = F.mse_loss(predicted.float(), target, reduction="sum") / values
-                    (part * loss_scale(state)).backward()
-                loss += part.detach()
-            grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
-            optimizer.step()
-            update_ema(optimizer, cfg.train.ema_decay)
-            optimizer.zero_grad()
-
-            line = progress.measure(
-                tokens=global_sum(sum(batch["tokens"] for batch in micro_batches), state.dp),
-                samples=global_sum(sum(len(batch["ids"]) for batch in micro_batches), state.dp),
-                loss=global_sum(loss, state.dp).item(),
-                grad_norm=grad_norm.item(),
-                lr=lr,
-            )
-            display.step(line)
-            if metrics is not None:
-                metrics.write(line)
-            if drawings is not None and cfg.train.sample_steps and progress.step % cfg.train.sample_steps == 0:
-                drawings.sheet(folder / "samples" / f"step_{progress.step:06}.png")
-            stopped = stop.requested(device)
-            if stopped or (cfg.train.save_steps and progress.step % cfg.train.save_steps == 0):
-                checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+                log.write([progress.measure(tokens=tokens, samples=samples, lr=lr, **numbers)])
+                if drawings is not None and cfg.train.sample_steps and progress.step % cfg.train.sample_steps == 0:
+                    with ema_weights(optimizer):
+                        drawings.sheet(folder / "samples" / f"step_{progress.step:06}.png")
+                beat(f"step {progress.step}")
+                trace()
+                tidy(progress.step)
+                stopped = stop.requested(device)
+                if stopped or (cfg.train.save_steps and progress.step % cfg.train.save_steps == 0):
+                    checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+                if stopped:
+                    break
             if stopped:
                 break
-        if stopped:
-            break
-        progress.end_epoch(loader)
-        if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
-            checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+            progress.end_epoch(loader)
+            if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
+                checkpoints.save(progress.step, model, optimizer, progress.state(loader))
     checkpoints.close()
     if stopped:
         display.say(f"told to stop: saved at step {progress.step}; --train.load_checkpoint_path=auto goes on")
-        display.close()
+        log.close()
         if first:
             note_stop()
         return
     lost, sentence = left_out(loader, folder)
     display.say(sentence)
-    display.close()
+    log.close()
     trained_at = seconds_since_launch()
 
     # the end: a folder that diffusers loads, and what the model draws
