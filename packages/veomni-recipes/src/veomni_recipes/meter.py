@@ -95,8 +95,9 @@ class Meter:
             "tokens": own * count_tokens(micro_batches),
             "targets": own * sum(int((batch["shift_labels"] != -100).sum()) for batch in micro_batches),
             "samples": own * sum(map(count_samples, micro_batches)),
-            "flops": sum(map(self._flops, micro_batches)) if self._counts else 0.0,
+            "flops": 0.0,
         }
+        self._rows = list(micro_batches)
         self._parts: dict[str, Tensor] = {}
         self._sources: list[Tensor] = []
         self._by_source: Tensor | None = None
@@ -115,7 +116,10 @@ class Meter:
         self._by_source = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
 
     def add(self, out: Any) -> None:
-        """Take the losses of a micro-batch out of the model's output: those of its parts, and of each source."""
+        """Take the losses of the next micro-batch out of the model's output: those of its parts, and of each source."""
+        rows = self._rows.pop(0)
+        if self._counts:  # counted now that the device has work
+            self._sums["flops"] += self._flops(rows)
         for name, loss in (getattr(out, "losses", None) or {}).items():
             self._parts[name] = self._parts.get(name, 0) + loss.detach()
         if self._losses is not None and self._by_source is not None:
@@ -134,7 +138,8 @@ class Meter:
         """
         now, before = time.monotonic(), self._last
         self._last = now
-        equal: dict[Name, Any] = {"loss": loss, "grad_norm": grad_norm, **self._expert_load()}
+        equal: dict[Name, Any] = {"loss": loss, "grad_norm": grad_norm}
+        equal |= self._expert_load()
         sums: dict[Name, Any] = dict(self._sums)
         sums |= {("losses", name): self._mine * part for name, part in self._parts.items()}
         if self._by_source is not None:
@@ -195,7 +200,7 @@ class Meter:
             made["losses_by_source"] = by_source
         return made | {key: values[key] for key in ("expert_load", "idle_experts") if key in values}
 
-    def _expert_load(self) -> dict[str, Any]:
+    def _expert_load(self) -> dict[Name, Any]:
         """Of all layers with experts: the busiest expert's tokens over the mean, and the share that got none."""
         loads = tokens_per_expert(self._model, self._state) if self._model is not None else {}
         if not loads:
