@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
-from veomni_ckpt import CheckpointError, LoadReport, export_hf, load_pretrained
+from veomni_ckpt import CheckpointError, LoadReport, dcp_to_hf, export_hf, load_pretrained
 from veomni_ckpt.names import named_tensors
 
 from tests.ckpt.test_hostile_corpus import safetensors_lies
@@ -186,6 +187,21 @@ def test_a_folder_that_holds_the_models_own_names_loads_too(tmp_path: Path) -> N
         loaded = build("qwen3_moe", meta=True)
         assert load_pretrained(loaded, tmp_path / folder) == LoadReport()
         assert differences(loaded, dict(model.state_dict())) == []
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen2_5_vl"])
+def test_from_pretrained_takes_what_the_converter_writes(tmp_path: Path, kind: str) -> None:
+    """Without transformers the converter keeps the model's own names, experts in one tensor."""
+    model = build(kind)
+    model.config.save_pretrained(tmp_path / "assets")
+    dcp.save({"model": model.state_dict()}, storage_writer=dcp.FileSystemWriter(tmp_path / "dcp"), no_dist=True)
+    dcp_to_hf(tmp_path / "dcp", tmp_path / "hf", assets=tmp_path / "assets")
+    loaded, info = type(model).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values())
+    assert differences(loaded, dict(model.state_dict())) == []
+    again = build(kind, meta=True)
+    assert load_pretrained(again, tmp_path / "hf") == LoadReport()
+    assert differences(again, dict(model.state_dict())) == []
 
 
 class Computed(nn.Module):
