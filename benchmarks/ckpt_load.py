@@ -3,10 +3,10 @@
     python benchmarks/ckpt_load.py --gigabytes 1.5 --rounds 3
 
 A Llama of bfloat16, its matrices split by rows or by columns over four processes (FSDP2, meta device).
-`load_pretrained` of slices and from rank 0, `from_pretrained` on each rank, and `export_hf` alternate, each in fresh
-processes, the files' pages dropped from the cache before. Bytes from the disk, and bytes that were read, are those of
-`/proc/self/io`, summed over the ranks, in sizes of the checkpoint. Memory is the growth of the peak (VmHWM) over what
-the process held before, of the rank that grew most.
+`load_pretrained` of slices and from rank 0, `from_pretrained` on each rank with sharding after it, and `export_hf`
+alternate, each in fresh processes, the files' pages dropped from the cache before. Bytes from the disk, and bytes that
+were read, are those of `/proc/self/io`, summed over the ranks, in sizes of the checkpoint (mapped files count for the
+first only). Memory is the growth of the peak (VmHWM) over what the process held before, of the rank that grew most.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ def io(name):
 def by_turns(parameter):
     return Shard(1 if parameter.ndim == 2 and parameter.shape[0] == parameter.shape[1] else 0)
 
-def sharded():
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
+def shard_it(model):
     for layer in model.model.layers:
         fully_shard(layer, shard_placement_fn=by_turns)
     return fully_shard(model, shard_placement_fn=by_turns)
 
+def sharded():
+    with torch.device("meta"):
+        return shard_it(LlamaForCausalLM(config).bfloat16())
+
 model = None if way == "from_pretrained" else sharded()
 if way == "export_hf":
     load_pretrained(model, folder)
-shard = 0 if model is None else sum(p.to_local().nbytes for p in model.parameters()) / 2**20
 if dist.get_rank() == 0:
     for name in os.listdir(folder):
         descriptor = os.open(f"{folder}/{name}", os.O_RDONLY)
@@ -63,12 +64,15 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
 before, disk, called, begin = status("VmRSS"), io("read_bytes"), io("rchar"), time.perf_counter()
 cpu = time.process_time()
 if way == "from_pretrained":
+    # safetensors maps the files: bytes are read when the shards are cut out of them
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    shard_it(model)
 elif way == "export_hf":
     export_hf(model, target)
 else:
     load_pretrained(model, folder, broadcast_from_rank0=way == "broadcast_from_rank0")
 seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+shard = sum(p.to_local().nbytes for p in model.parameters()) / 2**20
 own = [seconds, cpu, status("VmHWM") - before, shard, io("read_bytes") - disk, io("rchar") - called]
 every = [None] * dist.get_world_size()
 dist.all_gather_object(every, own)
@@ -93,7 +97,9 @@ def run(folder: Path, way: str) -> list[list[float]]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     arguments = [str(folder / "rank.py"), str(folder / "hf"), way, str(folder / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
     found: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
