@@ -112,6 +112,12 @@ def check_all(url: str) -> None:
     data.unlink()
     with pytest.warns(UserWarning, match=r"__0_0\.distcp is missing; the checkpoint before it is taken"):
         manager.load("auto", model, optimizer)
+    (UPath(url) / "global_step_14" / "manifest.json").write_bytes(b"{")
+    with pytest.warns(UserWarning, match=r"global_step_14/manifest\.json cannot be read"):
+        manager.load("auto", model, optimizer)
+    for step in (14, 15):
+        manager.save(step, model, optimizer, {"step": step})
+        assert manager.load("auto", model, optimizer) == {"step": step}
 
 
 def test_memory_keeps_all_promises() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from veomni_ckpt import manifest
 from veomni_ckpt.durable import hidden_beside, publish, remove, restore_replaced, retire
-from veomni_ckpt.errors import CheckpointError
+from veomni_ckpt.errors import CheckpointError, DamagedCheckpointError
 
 PROTECTED = "protected"
 _STEP = re.compile(r"global_step_(\d+)")
@@ -180,7 +180,10 @@ class ObjectStore:
         if not (final / manifest.NAME).exists():
             _remove_tree(final)
             return
-        written = manifest.read(final)
+        try:
+            written = manifest.read(final)
+        except DamagedCheckpointError:
+            return  # what belongs to it cannot be known, and a new step is not to fail for an old one
         needed = {manifest.NAME, PROTECTED, *([written.folder] if written.folder else written.files)}
         for path in final.iterdir():
             if path.name not in needed:
