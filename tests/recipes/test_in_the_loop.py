@@ -174,3 +174,15 @@ def test_a_deterministic_run_repeats_bit_by_bit(folder: Path, validated: list[st
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_lines_come_a_step_later_and_memory_is_written_down(tmp_path: Path) -> None:
+    traced = ["--train.enable_profiling=true", "--train.profile_start_step=3", "--train.profile_end_step=5"]
+    train([*prepare(tmp_path), *traced, "--train.save_steps=4"])
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [*range(1, 9)]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert 0 < lines[-1]["peak_memory_gb"] < 1
+    files = sorted(path.name for path in (tmp_path / "run" / "trace").iterdir())
+    assert files == ["rank_0_steps_3_to_4.json.gz", "rank_0_steps_3_to_4.memory.pickle"]

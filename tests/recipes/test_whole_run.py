@@ -32,6 +32,7 @@ def run_folder(arguments: list[str], digits_folder: Path, tmp_path_factory: pyte
     command = [sys.executable, "-m", "veomni_recipes.cli", "run", "train_omni_model", *arguments]
     command += [f"--train.output_dir={folder}", f"--data.eval_path={digits_folder}/few.jsonl", "--train.max_steps=40"]
     command += ["--train.save_hf_weights=true", "--train.save_steps=30", "--train.save_epochs=1"]
+    command += ["--train.eval_steps=35", "--train.eval_answers=7", "--train.best_metric=accuracy"]
     env = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=110)
     assert done.returncode == 0, done.stderr
@@ -43,7 +44,11 @@ def test_a_run_leaves_all_that_it_promises(run_folder: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "loss.png", "predictions.png", "predictions.jsonl", "summary.json"} <= {
         path.name for path in run_folder.iterdir()
     }
-    assert sorted(p.name for p in (run_folder / "checkpoints").iterdir()) == ["global_step_30", "global_step_40"]
+    assert sorted(p.name for p in (run_folder / "checkpoints").iterdir()) == [
+        "global_step_30",
+        "global_step_35",
+        "global_step_40",
+    ]
     summary = json.loads((run_folder / "summary.json").read_text())
     shares = {"single_picture_accuracy", "list_accuracy", "sum_accuracy", "all_accuracy"}
     assert shares | {"seconds", "tokens", "tokens_per_second", "parameters", "steps", "world_size"} <= summary.keys()
@@ -53,6 +58,16 @@ def test_a_run_leaves_all_that_it_promises(run_folder: Path) -> None:
     assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second"} <= lines[0].keys()
     assert sum(line["tokens"] for line in lines) == summary["tokens"]
     assert lines[-1]["loss"] < lines[0]["loss"] / 2
+
+
+def test_a_validation_answers_questions_and_keeps_the_best(run_folder: Path) -> None:
+    (line,) = (json.loads(line) for line in (run_folder / "validation.jsonl").read_text().splitlines())
+    assert line["step"] == 35
+    assert 0 < line["loss"] < 3
+    assert round(line["accuracy"] * 7) == pytest.approx(line["accuracy"] * 7)
+    assert json.loads((run_folder / "best.json").read_text()) == {"step": 35, "accuracy": line["accuracy"]}
+    assert (run_folder / "checkpoints" / "global_step_35" / "protected").exists()
+    assert not (run_folder / "validation").exists()
 
 
 def test_a_run_without_a_terminal_prints_some_twenty_plain_lines_and_what_to_do_next(run_folder: Path) -> None:

@@ -138,6 +138,8 @@ class Meter:
         """
         now, before = time.monotonic(), self._last
         self._last = now
+        if self._counts:  # of micro-batches whose output was not given
+            self._sums["flops"] += sum(map(self._flops, self._rows))
         equal: dict[Name, Any] = {"loss": loss, "grad_norm": grad_norm}
         equal |= self._expert_load()
         sums: dict[Name, Any] = dict(self._sums)

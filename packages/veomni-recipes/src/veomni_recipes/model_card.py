@@ -115,7 +115,8 @@ def _about(cfg: RecipeConfig, summary: Mapping[str, Any]) -> str:
 def _metadata(
     cfg: RecipeConfig, name: str, task: str, summary: Mapping[str, Any], validations: list[dict[str, Any]]
 ) -> ModelCardData:
-    data: dict[str, Any] = {"task_type": task, "dataset_type": _short(cfg.data.eval_path or ""), "dataset_name": "held-out data"}
+    data: dict[str, Any] = {"task_type": task, "dataset_name": "held-out data"}
+    data["dataset_type"] = _short(cfg.data.eval_path or "")
     results = [
         EvalResult(metric_type="accuracy", metric_name=key.replace("_", " "), metric_value=round(value, 6), **data)
         for key, value in summary.items()
