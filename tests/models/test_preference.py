@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from veomni_models import (
+    Distillation,
+    ModelError,
+    build_foundation_model,
     dpo_loss,
     fused_linear_distillation,
     fused_linear_log_probs,
     orpo_loss,
     simpo_loss,
     sum_by_sample,
+    tiny_config,
+    use_log_probs,
 )
 
 
@@ -111,3 +117,47 @@ def test_simpo_and_orpo_follow_their_formulas():
 def test_an_unknown_preference_loss_is_refused():
     with pytest.raises(ValueError, match='kind="hinge"'):
         dpo_loss(torch.zeros(1), torch.zeros(1), kind="hinge")
+
+
+def soft_cap(logits):
+    return 3 * torch.tanh(logits / 3)
+
+
+def test_log_probs_of_capped_logits_and_their_gradients_are_those_of_the_whole_logits():
+    hidden, weight, bias, labels = problem()
+    logits = soft_cap(hidden @ weight.T + bias) / 0.7
+    want = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    got = fused_linear_log_probs(hidden, weight, labels, bias=bias, pointwise=soft_cap, temperature=0.7)
+    assert_same(got, want, (hidden, weight, bias))
+
+
+def tiny(kind, **changes):
+    config = tiny_config(transformers.CONFIG_MAPPING[kind]())
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return build_foundation_model(config, init_device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])  # gemma2 caps its logits
+def test_a_transformers_model_gives_the_log_probability_of_each_target(kind):
+    model = tiny(kind)
+    ids = torch.arange(2, 14).view(2, 6)
+    targets = ids.roll(-1, 1).masked_fill(torch.arange(12).view(2, 6) % 3 == 0, -100)
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    rows = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    want = rows.masked_fill(targets == -100, 0)
+    use_log_probs(model)
+    got = model(input_ids=ids, labels=targets, shift_labels=targets, use_cache=False).loss
+    assert_same(got, want, list(model.parameters()))
+
+
+def test_what_would_be_added_to_log_probs_or_cannot_be_distilled_is_refused():
+    with pytest.raises(ModelError, match=r"adds the loss of its router.*set output_router_logits to false"):
+        use_log_probs(tiny("qwen3_moe", output_router_logits=True))
+    student = tiny("qwen3")
+    with pytest.raises(ModelError, match=r"the student has \d+ tokens and the teacher 40"):
+        Distillation(student, tiny("qwen3", vocab_size=40))
+    student, teacher = tiny("gemma2"), tiny("gemma2")
+    Distillation(student, teacher).begin(student, teacher)
+    with pytest.raises(ModelError, match=r"soft-cap.*is not distilled"):
+        student(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None], use_cache=False)

@@ -118,7 +118,7 @@ class Distillation:
         weight = plain.get_output_embeddings().weight
         self._head = weight.full_tensor() if isinstance(weight, DTensor) else weight
 
-    def _show(self, logits: DeferredLogits, **kwargs: Any) -> Tensor:
+    def _show(self, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Tensor:
         """The teacher's states in place of its loss: [T, H]."""
         return _plain(logits).flatten(0, -2)
 
@@ -126,6 +126,8 @@ class Distillation:
         self,
         logits: DeferredLogits,
         labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        *,
         num_items_in_batch: int | Tensor | None = None,
         shift_labels: Tensor | None = None,
         **kwargs: Any,

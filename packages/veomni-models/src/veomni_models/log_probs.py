@@ -70,7 +70,12 @@ def use_log_probs(model: nn.Module) -> None:
     use_fused_loss(model)
 
     def log_probs(
-        logits: DeferredLogits, labels: Tensor | None = None, shift_labels: Tensor | None = None, **kwargs: Any
+        logits: DeferredLogits,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,  # by some models given by position
+        *,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         targets = shifted(labels, shift_labels).to(logits.hidden.device)
         head = logits.head

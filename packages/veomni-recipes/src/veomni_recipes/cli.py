@@ -15,6 +15,8 @@ RECIPES = {
     "train_torch": "veomni_recipes.tasks.train_torch",
     "train_dpo": "veomni_recipes.tasks.train_dpo",
     "train_distill": "veomni_recipes.tasks.train_distill",
+    "infer": "veomni_recipes.tasks.infer",
+    "evaluate": "veomni_recipes.tasks.evaluate",
     "train_omni_model": "veomni_recipes.tasks.omni.train_omni_model",
     "train_qwen_vl": "veomni_recipes.tasks.omni.train_qwen_vl",
     "train_qwen_omni": "veomni_recipes.tasks.omni.train_qwen_omni",
