@@ -14,13 +14,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from veomni_models import build_foundation_model
 from veomni_models.foundation import auto_class_for
-from veomni_parallel import build_parallelize_model, init_parallel_state
+from veomni_parallel import ParallelError, build_parallelize_model, init_parallel_state
 
 from tests.architectures import architectures, tiny_config
 from tests.parallel.parity import Gradients, pack, samples, worst
 
 TABLE = Path(__file__).parents[2] / "docs" / "models" / "architectures.md"
-ALWAYS = ("qwen3", "bloom", "falcon_mamba", "gpt_oss", "deepseek_v32", "roberta", "llama4", "qwen2_5_vl", "openai-gpt")
+ALWAYS = (
+    *("qwen3", "bloom", "falcon_mamba", "gpt_oss", "deepseek_v32", "deepseek_v4", "roberta", "llama4", "qwen2_5_vl"),
+    *("openai-gpt", "xlstm"),
+)
 """What runs with every change; all others are marked slow."""
 HEADER = """# Architectures
 
@@ -153,6 +156,11 @@ def pack_and_compare(name: str) -> None:
     difference, where = worst(gradients, reference)
     assert abs(got.item() / loss - 1) <= 1e-5, f"no: the loss is off by {abs(got.item() / loss - 1):.0e}"
     assert difference <= 5e-5, f"no: the gradient of {where} is off by {difference:.0e}"
+
+
+def test_a_model_that_cannot_be_told_where_samples_begin_refuses_packed_rows() -> None:
+    with pytest.raises(ParallelError, match=r"CpmAntForCausalLM takes neither .* Give one sample a row"):
+        pack_and_compare("cpmant")
 
 
 def alone(name: str) -> tuple[float, Gradients, dict[str, torch.Tensor]]:

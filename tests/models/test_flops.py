@@ -13,6 +13,8 @@ from veomni_models.flops import _pairs, sample_lengths
 from veomni_models.foundation import auto_class_for
 
 from tests.architectures import tiny_config
+from tests.models.drawing_parts import DECODERS, pack, samples
+from tests.models.drawing_parts import build as build_drawing
 from tests.parallel.multimodal import build_multimodal, multimodal_samples, pack_multimodal
 
 DENSE = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text", "gpt2")
@@ -67,6 +69,14 @@ def test_frozen_parts_cost_their_forward(part: str) -> None:
     assert flops_per_step(model, {"input_ids": ids}, causal=False) == pytest.approx(
         counted(model, input_ids=ids), rel=0.02
     )
+
+
+@pytest.mark.parametrize("way", DECODERS)
+def test_what_draws_is_left_out(way: str) -> None:
+    model, row = build_drawing(way), pack(samples())
+    with_decoder = flops_per_step(model, row)
+    model.decoders.clear()
+    assert flops_per_step(model, row) == with_decoder
 
 
 def test_recomputation_adds_a_forward() -> None:

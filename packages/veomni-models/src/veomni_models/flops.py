@@ -51,7 +51,7 @@ def flops_per_step(model: nn.Module, batch: Mapping[str, Any], *, recompute: boo
     """Floating-point operations of one forward and backward of `model` over `batch`.
 
     Backward costs twice the forward: gradients of inputs and of weights. A part that is frozen has no gradients of
-    weights, and none of inputs if nothing before it learns.
+    weights, and none of inputs if nothing before it learns. What the decoders of an omni model do, is left out.
 
     Args:
         model: a transformers model, on any device; or a config, all of whose parts then learn.
@@ -73,8 +73,10 @@ def flops_per_step(model: nn.Module, batch: Mapping[str, Any], *, recompute: boo
         model = _structure_of(kind, model.to_json_string(use_diff=False))
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
     decoder = decoder if hasattr(decoder, "config") else model.base_model
-    towers = dict(_towers(model, decoder))
-    inside_towers = {id(module) for tower in towers.values() for module in tower.modules()}
+    drawing = getattr(model, "decoders", None)  # of pictures
+    not_counted = {id(module) for module in drawing.modules()} if isinstance(drawing, nn.ModuleDict) else set()
+    towers = {name: tower for name, tower in _towers(model, decoder) if id(tower) not in not_counted}
+    inside_towers = not_counted | {id(module) for tower in towers.values() for module in tower.modules()}
     total, learns = 0.0, False
     for tower in towers.values():
         (forward, first), own = _tower_forward(tower, batch), _learns(tower)

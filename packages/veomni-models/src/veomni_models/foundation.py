@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -122,7 +123,16 @@ def _takes_any_kernel(model_class: Any) -> bool:
     source = inspect.getsource(file)
     # a table of classes by name; layers that select keys in a mask, which must be there (DeepSeek-V3.2)
     closed = "_CLASSES[config._attn_implementation]" in source or "allow_is_causal_skip" in source
+    closed = closed or any(map(_widens_its_mask, vars(file).values()))
     return known and not closed and model_class._can_set_attn_implementation()
+
+
+def _widens_its_mask(found: Any) -> bool:
+    """Whether it is an attention layer that adds keys of its own to the mask, which has to be there (DeepSeek-V4)."""
+    if not inspect.isclass(found) or "Attention" not in found.__name__ or "forward" not in vars(found):
+        return False
+    source = inspect.getsource(inspect.unwrap(vars(found)["forward"]))
+    return re.search(r"attention_mask = (torch\.cat|(nn\.functional|F)\.pad)\(", source) is not None
 
 
 def _of_the_text_model(config: PreTrainedConfig, attention: str) -> Any:

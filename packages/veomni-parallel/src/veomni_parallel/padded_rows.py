@@ -1,10 +1,12 @@
 """Packed rows for decoders that cannot be told where samples begin: the row goes through them as a padded batch.
 
 That holds for any decoder that honours a padding mask: alibi biases inside the attention (Bloom), state-space layers.
+A recurrence (xLSTM) needs none, as padding comes last.
 """
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -75,7 +77,8 @@ class _PaddedRow:
                 kwargs[name] = value[0][index]
             elif value.ndim == 3 and value.shape[1:] == (1, length):  # M-RoPE positions
                 kwargs[name] = value[:, 0][:, index]
-        kwargs["attention_mask"] = mask.long()
+        if "attention_mask" in inspect.signature(decoder.forward).parameters:
+            kwargs["attention_mask"] = mask.long()
         kwargs["use_cache"] = False
         self.places, self.shape = mask.flatten().nonzero().flatten(), tuple(mask.shape)
         return (), kwargs

@@ -42,8 +42,9 @@ def apply_packed_attention(model: nn.Module) -> None:
     that restart) and from the layer's window or chunk what a token sees; the implementation that the model was
     configured with computes it. Linear-attention layers begin anew at each sample. A decoder that cannot be told (its
     attention does not go through transformers' interface, or its layers mix tokens in other ways) computes the samples
-    of a row as a padded batch. Padded batches, generation and models with an encoder are as before. Call this before
-    wrapping; `build_parallelize_model` and `apply_ulysses` do it.
+    of a row as a padded batch, and one that takes no padding mask either (CPM-Ant) refuses packed rows. Padded batches,
+    generation and models with an encoder are as before. Call this before wrapping; `build_parallelize_model` and
+    `apply_ulysses` do it.
     """
     decoder = decoder_of(model)
     config = getattr(decoder, "config", None)
@@ -51,8 +52,11 @@ def apply_packed_attention(model: nn.Module) -> None:
         return
     attention = _attention_modules(decoder)
     if _unsliceable(decoder, attention) or not all(_calls_interface(module) for module in attention.values()):
-        if {"attention_mask", "input_ids"} <= set(inspect.signature(decoder.forward).parameters):
+        taken = set(inspect.signature(decoder.forward).parameters)
+        if {"attention_mask", "input_ids"} <= taken or ("input_ids" in taken and not attention):
             pad_packed_rows(model, decoder)
+        else:
+            model.register_forward_pre_hook(_refuse_packed, with_kwargs=True)  # which may not tell its decoder
         return
     link = RowLink(decoder, inner_implementation(decoder.config))
     _attach(model, link, attention)
@@ -155,6 +159,8 @@ def _unsliceable(decoder: nn.Module, attention: dict[str, nn.Module]) -> str | N
         return f"{free[0]} is not causal"
     if _insists_on_masks(decoder):
         return "it selects what tokens see in a mask of the whole row"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in decoder.modules()):
+        return "it counts positions by its tokens, not from 0"
     mixers = [*attention, *linear]
     for name, layers in decoder.named_children():
         if isinstance(layers, nn.ModuleList):
@@ -237,6 +243,14 @@ def _require_shifted_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dic
         raise ParallelError(
             "Under sequence parallelism labels cannot be shifted inside a slice: give shift_labels (the target of each"
             " position, sliced like the tokens) besides labels."
+        )
+
+
+def _refuse_packed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if find_cu_seq_lens(named_arguments(model, args, kwargs)) is not None:
+        raise ParallelError(
+            f"The row is packed, but {type(model).__name__} takes neither the places where samples begin nor a padding"
+            " mask: they would see each other. Give one sample a row."
         )
 
 
