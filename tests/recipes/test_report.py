@@ -45,6 +45,43 @@ def test_the_page_has_figures_differences_and_answers(tmp_path: Path) -> None:
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded from elsewhere
 
 
+def test_the_series_of_a_step_and_of_validations_stand_together(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", lr=0.1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    more = {"mfu": 0.4, "peak_memory_gb": 1.5, "data_wait_seconds": 0.1, "seconds": 1.0, "samples": 3}
+    for line in lines:
+        line |= {**more, "losses_by_source": {"web": 1.0, "books": 2.0}, "losses": {"text": 1.0}}
+    lines[5]["loss"] = float("nan")  # of a step that was skipped
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    validations = [{"step": step, "loss": 2 / step, "accuracy": 0.5, "targets": 9} for step in (10, 20)]
+    (run / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in validations))
+    page = tmp_path / "report.html"
+    assert main(["report", str(run), "--output", str(page)]) == 0
+    text = page.read_text()
+    charts = json.loads(text.partition("const charts = ")[2].partition(", names = ")[0])
+    assert [chart["metric"] for chart in charts] == [
+        "loss",
+        "validation: loss",
+        "validation: accuracy",
+        "lr",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_gb",
+        "data_wait_seconds",
+        "losses: text",
+        "losses_by_source: books",
+        "losses_by_source: web",
+        "tokens",
+        "share: a",
+        "seconds",
+        "samples",
+    ]
+    assert len(charts[0]["runs"][0]["values"]) == 39
+    assert charts[1]["runs"][0]["steps"] == [10, 20]
+    for figure in ("<td>40.0%</td>", "<td>10.0%</td>", "<td>1.50</td>", "<td>0.1000 at step 20</td>"):
+        assert figure in text
+
+
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", lr=0.1, steps=50_000)
     page = tmp_path / "report.html"
