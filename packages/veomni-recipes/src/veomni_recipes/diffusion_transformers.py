@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from veomni_config import ConfigError, Problem
+from veomni_data import DataError
 
 Conditions = Mapping[str, Tensor]
 
@@ -95,7 +96,7 @@ def _predict_flux(
 def _encode_class(pipeline: Any, prompt: str, most: int | None) -> dict[str, Tensor]:
     labels = pipeline.labels
     if prompt and prompt not in labels:
-        raise ValueError(f"{prompt!r} is none of the classes {', '.join(labels)}")
+        raise DataError(f"{prompt!r} is none of the classes {', '.join(labels)}", reason="bad prompt")
     return {"class_labels": torch.tensor(labels[prompt] if prompt else pipeline.null_label)}
 
 

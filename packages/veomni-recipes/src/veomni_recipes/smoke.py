@@ -86,6 +86,10 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
     Raises:
         ConfigError: the configuration is wrong, or does not say of which architecture the model is.
     """
+    if recipe == "train_dit":
+        from veomni_recipes.smoke_dit import smoke_dit_config  # which is built on this module
+
+        return smoke_dit_config(argv, processes, folder)
     cfg = parse_args(_CLASSES.get(recipe, RecipeConfig), list(argv))
     folder.mkdir(parents=True, exist_ok=True)
     model, data = folder / "model", folder / "data.jsonl"
@@ -97,6 +101,8 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
     else:
         _tiny_model(cfg, len(tokenizer)).save_pretrained(model)
         tokenizer.save_pretrained(model)
+        if isinstance(cfg, DistillRecipeConfig):  # a teacher that knows something else
+            _tiny_model(cfg, len(tokenizer), seed=1).save_pretrained(folder / "teacher")
         if parts:
             write_media(data, cfg.data.text_keys, cfg.model.encoders, draw=bool(cfg.model.decoders))
         else:
@@ -113,7 +119,7 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
             "config_path": None,
             "tokenizer_path": None,
             "foundation": {},
-            **({"teacher_path": str(model)} if isinstance(cfg, DistillRecipeConfig) else {}),
+            **({"teacher_path": str(folder / "teacher")} if isinstance(cfg, DistillRecipeConfig) else {}),
             **parts,
         },
         data={"train_path": str(data), "max_seq_len": length, "train_size": 100_000},
@@ -201,7 +207,7 @@ def architecture(cfg: RecipeConfig) -> str:
     raise ConfigError([Problem("model.model_path", text)])
 
 
-def _tiny_model(cfg: RecipeConfig, vocabulary: int) -> Any:
+def _tiny_model(cfg: RecipeConfig, vocabulary: int, seed: int = 0) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.utils.logging import disable_progress_bar
     from veomni_models import build_foundation_model, load_config, tiny_config
@@ -217,7 +223,7 @@ def _tiny_model(cfg: RecipeConfig, vocabulary: int) -> Any:
     for key, value in keys.items():  # what is a choice and no size stays
         if isinstance(value, bool | str):
             setattr(config, key, value)
-    return build_foundation_model(config, init_device="cpu")
+    return build_foundation_model(config, init_device="cpu", seed=seed)
 
 
 def _tiny_parts(cfg: RecipeConfig) -> dict[str, Any]:

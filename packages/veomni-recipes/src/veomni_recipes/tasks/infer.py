@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     infer = parse_args(Config, argv).infer
     folder, drawings = Path(infer.model_path), Path(infer.drawings_path)
     prompts = [*read_prompts(infer)]
-    if (folder / "model_index.json").is_file() or (folder / "transformer").is_dir():
+    if any(
+        (folder / name).exists() for name in ("model_index.json", "transformer", "pytorch_lora_weights.safetensors")
+    ):
         write(infer, draw(infer, prompts, drawings))
         return
     model, processor = load_exported(folder, infer.tokenizer_path)

@@ -67,10 +67,7 @@ def encode_row(
 ) -> tuple[str, Tensors]:
     """The prompt of a line, and latents (or, without a picture, their shape) with the prompt's conditions."""
     prompt, pixels = read_pixels(row, data)
-    try:
-        conditions = {name: value.cpu() for name, value in encode(prompt, data.max_prompt_tokens).items()}
-    except ValueError as error:
-        raise DataError(str(error), reason="bad prompt") from error
+    conditions = {name: value.cpu() for name, value in encode(prompt, data.max_prompt_tokens).items()}
     if pixels is not None:
         latents = encode_pixels(pipeline, config, pixels[None].to(device))[0].cpu()
         return prompt, {"latents": latents.contiguous(), **conditions}
