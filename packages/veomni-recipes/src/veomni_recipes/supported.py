@@ -27,14 +27,14 @@ TEXT = (
     "train.eval_answers",
     "data.image_keys",
     "model.encoders",
-DISTILL = (*TEXT, "train.enable_fused_loss", "train.tensor_parallel_size")
-DPO = (*DISTILL, "train.best_metric", "train.export_checkpoint")
     "model.decoders",
     "model.input_encoder",
     "model.output_encoder",
     "model.encode_target",
     "train.vit_lr",
 )
+DISTILL = (*TEXT, "train.enable_fused_loss", "train.tensor_parallel_size")
+DPO = (*DISTILL, "train.best_metric", "train.export_checkpoint")
 VISION_LANGUAGE = (
     *_NOWHERE,
     "data.data_type",
