@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from veomni_config import RecipeConfig
+from veomni_config import RecipeConfig, VLRecipeConfig
 
 from veomni_recipes.report import figures
 from veomni_recipes.run_folder import VALIDATION, read_json, read_metrics
@@ -101,12 +101,17 @@ def _task(cfg: RecipeConfig) -> str:
     if cfg.model.decoders:
         return "any-to-any"
     kinds = {"image": "image-text-to-text", "video": "video-text-to-text", "audio": "audio-text-to-text"}
-    return next((task for kind, task in kinds.items() if kind in cfg.model.encoders), "text-generation")
+    return next((task for kind, task in kinds.items() if kind in _reads(cfg)), "text-generation")
+
+
+def _reads(cfg: RecipeConfig) -> list[str]:
+    """What the model reads besides text, as far as the configuration says."""
+    return ["image"] if isinstance(cfg, VLRecipeConfig) else [*cfg.model.encoders]
 
 
 def _about(cfg: RecipeConfig, summary: Mapping[str, Any]) -> str:
     size = f"A model of {summary['parameters']:,} parameters" if "parameters" in summary else "A model"
-    reads = ", ".join(f"{kind}s" for kind in cfg.model.encoders)
+    reads = ", ".join(f"{kind}s" for kind in _reads(cfg))
     does = f" that reads {reads}" if reads else ""
     draws = (" and draws" if reads else " that draws") if cfg.model.decoders else ""
     return f"{size}{does}{draws}."

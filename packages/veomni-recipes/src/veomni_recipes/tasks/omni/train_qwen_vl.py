@@ -45,11 +45,19 @@ from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_sin
 from veomni_recipes.layout import offloading, parallel_state, wrapping
 from veomni_recipes.memory import tidied_together
 from veomni_recipes.meter import Meter
+from veomni_recipes.model_card import write_card
 from veomni_recipes.multimodal_data import multimodal_config, multimodal_prompts, multimodal_transform, open_processor
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
 from veomni_recipes.profiling import traced
 from veomni_recipes.progress import Display, Progress
-from veomni_recipes.run_folder import open_run_folder, read_metrics, say_goodbye, write_json, write_json_lines
+from veomni_recipes.run_folder import (
+    VALIDATION,
+    open_run_folder,
+    read_metrics,
+    say_goodbye,
+    write_json,
+    write_json_lines,
+)
 from veomni_recipes.supported import VISION_LANGUAGE, refuse_without_effect
 from veomni_recipes.trackers import StepLog
 from veomni_recipes.training_data import build_rows, describe_data, left_out
@@ -274,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json_lines(folder / "predictions.jsonl", map(asdict, answers))
             draw_answers(answers, held_out, folder / "predictions.png", scores)
     if first:
-        draw_loss(read_metrics(folder), folder / "loss.png")
+        draw_loss(read_metrics(folder), folder / "loss.png", read_metrics(folder, VALIDATION))
         summary = {
             **scores,
             "seconds": seconds_since_launch(),
@@ -288,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
             "world_size": world_size(),
         }
         write_json(folder / "summary.json", summary)
+        write_card(folder, cfg, "train_qwen_vl")
         say_goodbye(folder, summary, question, kinds)
 
 
