@@ -95,7 +95,7 @@ def read_unconditional(folder: str | Path) -> dict[str, Tensor]:
 
 def write_rows(rows: Iterable[tuple[str, Mapping[str, Tensor]]], folder: Path, rank: int = 0) -> int:
     """Write prompts and tensors as Arrow files of a folder; returns how many there were."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
     schema, written = pa.schema([("prompt", pa.string()), ("tensors", pa.binary())]), 0
     packed = ({"prompt": prompt, "tensors": save({**tensors})} for prompt, tensors in rows)

@@ -274,6 +274,8 @@ def draw_sheet(pictures: Sequence[Tensor], path: Path, columns: int = 8, side: i
     from PIL import Image, ImageOps
 
     shown = []
+    if any(picture.dim() == 4 for picture in pictures):
+        columns -= columns % 3
     for picture in pictures:
         frames = frames_of(picture)
         shown += [frames[0]] if len(frames) == 1 else [frames[0], frames[len(frames) // 2], frames[-1]]
