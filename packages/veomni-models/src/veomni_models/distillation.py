@@ -88,7 +88,7 @@ class Distillation:
         self, student: nn.Module, teacher: nn.Module, *, temperature: float = 1.0, weight: float = 1.0
     ) -> None:
         self.temperature, self.weight = temperature, weight
-        self._teacher: nn.Module = teacher
+        self._teacher: Any = None  # not before it is wrapped: who copies the student must not copy it too
         self._states: Tensor | None = None
         self._head: Tensor | None = None
         for model in (student, teacher):

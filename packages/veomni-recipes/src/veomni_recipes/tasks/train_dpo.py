@@ -39,11 +39,12 @@ from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_sin
 from veomni_recipes.layout import offloading, parallel_state, wrapping
 from veomni_recipes.memory import tidied_together
 from veomni_recipes.meter import Meter
+from veomni_recipes.model_card import write_card
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
 from veomni_recipes.preference import HeldOutPairs, compare, count_pairs, describe, pair_sums
 from veomni_recipes.profiling import traced
 from veomni_recipes.progress import Display, Progress
-from veomni_recipes.run_folder import open_run_folder, read_metrics, say_goodbye, write_json
+from veomni_recipes.run_folder import VALIDATION, open_run_folder, read_metrics, say_goodbye, write_json
 from veomni_recipes.supported import DPO, refuse_without_effect
 from veomni_recipes.tasks.train_torch import build_model, read_data
 from veomni_recipes.text_data import describe_text, text_transform
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         with ema_weights(optimizer):
             export(model, folder, cfg, assets=[tokenizer])
     if first:
-        draw_loss(read_metrics(folder), folder / "loss.png")
+        draw_loss(read_metrics(folder), folder / "loss.png", read_metrics(folder, VALIDATION))
         summary = {
             "seconds": seconds_since_launch(),
             "startup_seconds": startup,
@@ -233,6 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             "held_out": {"before": before, "after": after} if after else {},
         }
         write_json(folder / "summary.json", summary)
+        write_card(folder, cfg, "train_dpo")
         say_goodbye(folder, summary)
 
 
