@@ -1,10 +1,11 @@
-"""Writing blocks, and converting them, while the next ones are being read: a few buffers and two threads.
+"""Writing blocks, converting or copying them, while the next ones are being read: a few buffers and two threads.
 
 The threads spend their time in the kernel and in numpy, where Python's lock is not held.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -18,6 +19,8 @@ from types import TracebackType
 Convert = Callable[[memoryview, memoryview], int]
 
 _THREADS = 2
+# what copy_file_range answers between, or on, file systems that it does not know
+_NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 
 @dataclass
@@ -42,13 +45,29 @@ class _Block:
     convert: Convert | None
 
 
+@dataclass(frozen=True)
+class _Range:
+    """Bytes of one file to be copied to another; `source` is an open descriptor of its own."""
+
+    slot: Slot
+    length: int
+    source: int
+    begin: int
+    descriptor: int
+    at: int
+
+
+class ShortFileError(Exception):
+    """A file ended before the range that was to be copied from it."""
+
+
 class BlockWriter:
-    """Writes blocks in the background; used in `with`, by one thread."""
+    """Writes blocks, and copies ranges, in the background; used in `with`, by one thread."""
 
     def __init__(self, block: int) -> None:
         """`block`: length of a buffer in bytes."""
         self._free: SimpleQueue[Slot] = SimpleQueue()
-        self._todo: SimpleQueue[_Block | None] = SimpleQueue()
+        self._todo: SimpleQueue[_Block | _Range | None] = SimpleQueue()
         self._slots = _THREADS + 1
         for _ in range(self._slots):
             self._free.put(Slot(memoryview(mmap.mmap(-1, block))))
@@ -90,6 +109,28 @@ class BlockWriter:
             self._todo.put(_Block(slot, length, descriptor, at, convert))
         return length
 
+    def copy_range(self, source: int, begin: int, descriptor: int, at: int, length: int) -> None:
+        """Copy bytes from file to file some time soon, within the kernel if it can.
+
+        Args:
+            source: descriptor of the file to copy from; it may be closed after the call.
+            begin, at: where the bytes are in it, and where they go in the other.
+            descriptor: as in `write_block`.
+
+        Raises:
+            ShortFileError: here or later; `source` is shorter.
+            Exception: what went wrong with a block that was given before.
+        """
+        slot = self._free.get()
+        try:
+            if self._error is not None:
+                raise self._error
+            own = os.dup(source)
+        except BaseException:
+            self._free.put(slot)
+            raise
+        self._todo.put(_Range(slot, length, own, begin, descriptor, at))
+
     def write_bytes(self, data: memoryview, descriptor: int, at: int) -> None:
         """Write bytes of any length through the buffers."""
         begin = 0
@@ -121,7 +162,9 @@ class BlockWriter:
     def _work(self) -> None:
         while (block := self._todo.get()) is not None:
             try:
-                if self._error is None and block.length:
+                if isinstance(block, _Range):
+                    _copy(block, skip=self._error is not None)
+                elif self._error is None and block.length:
                     _write(block)
             except BaseException as error:  # told to the thread that waits
                 self._error = error
@@ -135,3 +178,37 @@ def _write(block: _Block) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(block.descriptor, data[done:], block.at + done)
+
+
+def _copy(block: _Range, *, skip: bool) -> None:
+    try:
+        done = block.length if skip else _copy_in_kernel(block)
+        while done < block.length:
+            part = block.slot.memory[: block.length - done]
+            count = os.preadv(block.source, [part], block.begin + done)
+            if count == 0:
+                raise ShortFileError
+            written = 0
+            while written < count:
+                written += os.pwrite(block.descriptor, part[written:count], block.at + done + written)
+            done += count
+    finally:
+        os.close(block.source)
+
+
+def _copy_in_kernel(block: _Range) -> int:
+    """The number of bytes that were copied so: fewer than asked for where the system or the file system cannot."""
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        try:
+            while done < block.length:
+                count = os.copy_file_range(
+                    block.source, block.descriptor, block.length - done, block.begin + done, block.at + done
+                )
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            if error.errno not in _NOT_IN_KERNEL:
+                raise
+    return done

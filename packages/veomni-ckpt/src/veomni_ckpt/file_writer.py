@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from veomni_ckpt.block_writer import BlockWriter, Slot
+from veomni_ckpt.block_writer import BlockWriter, ShortFileError, Slot
+from veomni_ckpt.errors import DamagedCheckpointError
 from veomni_ckpt.lora import merger
 from veomni_ckpt.output_files import Output, OutputFile
 from veomni_ckpt.tensor_reader import BLOCK, TensorReader
@@ -30,6 +31,9 @@ def write_file(path: Path, file: OutputFile, writer: BlockWriter) -> Iterator[in
                 blocks = _copied(output, writer, descriptor, at)
             yield from blocks
         writer.finish()
+    except ShortFileError as error:
+        origin = file.outputs[0].origin.path
+        raise DamagedCheckpointError(f"{origin} has become shorter while it was being copied") from error
     finally:
         writer.drain()
         os.close(descriptor)
@@ -37,6 +41,14 @@ def write_file(path: Path, file: OutputFile, writer: BlockWriter) -> Iterator[in
 
 def _copied(output: Output, writer: BlockWriter, descriptor: int, at: int) -> Iterator[int]:
     reader = TensorReader(output.origin, output.source)
+    if ranges := reader.long_ranges():
+        for first, length, file, source in ranges:
+            for begin in range(0, length, BLOCK):
+                size = min(BLOCK, length - begin)
+                opened = output.origin.descriptor(file)
+                writer.copy_range(opened, source + begin, descriptor, at + first + begin, size)
+                yield size
+        return
     block = reader.block_bytes(BLOCK)
     for begin in range(0, reader.nbytes, block):
         end = min(begin + block, reader.nbytes)
