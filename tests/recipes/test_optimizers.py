@@ -22,7 +22,9 @@ from veomni_recipes.optimization import build_optimizer, hidden_matrices, set_le
 from veomni_recipes.shards import local
 
 EXACT = ("adamw", "adafactor", "muon")
-KINDS = (*EXACT, "anyprecision_adamw", "adamw_8bit")
+# states of few bits round otherwise on shards; of five steps as long as 1e-2 that may change so much
+BOUNDS = {"anyprecision_adamw": 5e-4, "adamw_8bit": 5e-3}
+KINDS = (*EXACT, *BOUNDS)
 FLOAT32 = {"ns_dtype": "float32"}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "dp 2": (2, {"dp_shard": 2}),
@@ -94,7 +96,7 @@ def trained(kind: str, sizes: dict[str, int] | None) -> dict[str, torch.Tensor]:
 
 
 def all_trained(sizes: dict[str, int]) -> list[dict[str, torch.Tensor]]:
-    return [trained(kind, sizes) for kind in EXACT]
+    return [trained(kind, sizes) for kind in KINDS]
 
 
 @pytest.mark.parametrize(
@@ -103,11 +105,12 @@ def all_trained(sizes: dict[str, int]) -> list[dict[str, torch.Tensor]]:
 def test_shards_have_the_weights_of_one_process(layout: str, two_ranks: Ranks, four_ranks: Ranks) -> None:
     world, sizes = LAYOUTS[layout]
     answers = (two_ranks if world == 2 else four_ranks).run(all_trained, sizes, timeout=300)
-    for kind, *found in zip(EXACT, *answers, strict=True):
+    for kind, *found in zip(KINDS, *answers, strict=True):
         truth = trained(kind, None)
+        bound = BOUNDS.get(kind, 1e-5)
         for weights in found:
             worst = max((weights[name] - truth[name]).abs().max().item() for name in truth)
-            assert worst <= 1e-5, (kind, worst)
+            assert worst <= bound, (kind, worst)
         assert not torch.equal(truth["lm_head.weight"], tiny_moe().state_dict()["lm_head.weight"])
 
 

@@ -85,7 +85,10 @@ class Muon(torch.optim.Optimizer):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         updates = []
         for parameter in parameters:
-            buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - group["momentum"])
             updates.append(parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
 
@@ -161,7 +164,7 @@ def _map_alike(
     shape = torch.Size((batch.size(0), *first.shape[-2:]))
     stride = (shape[1] * shape[2], shape[2], 1)
     shards = DTensor.from_local(batch, mesh, placements, run_check=False, shape=shape, stride=stride)
-    own = function(shards.redistribute(placements=whole).to_local())
+    own = function(shards.redistribute(placements=whole).to_local()).contiguous()
     results = DTensor.from_local(own, mesh, whole, run_check=False, shape=shape, stride=stride)
     return _like(results.redistribute(placements=placements).to_local(), tensors, parts)
 
