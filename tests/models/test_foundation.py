@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from veomni_models import ModelError, build_foundation_model, build_processor, initialize_weights
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from veomni_models import ModelError, build_foundation_model, build_omni_model, build_processor, initialize_weights
 from veomni_models.foundation import auto_class_for
 
 from tests.architectures import tiny_config
+
+from .test_initialization import PARTS
 
 
 @pytest.mark.parametrize(
@@ -50,3 +53,22 @@ def test_buffers_that_are_not_saved_are_right_after_meta_initialisation(name: st
     assert buffers.keys() == dict(model.named_buffers()).keys()
     for key, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, buffers[key], msg=key)
+
+
+class OwnConfig(Qwen3Config):
+    model_type = "own_foundation"
+
+
+class Own(Qwen3ForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_foundation_of_ones_own_is_known_through_transformers(tmp_path: Path) -> None:
+    AutoConfig.register("own_foundation", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, Own)
+    keys = {**PARTS["foundation"], "model_type": "own_foundation"}
+    model = build_foundation_model(overrides=keys, init_device="cpu")
+    assert type(model) is Own
+    model.save_pretrained(tmp_path)
+    assert type(build_foundation_model(None, tmp_path, init_device="cpu")) is Own
+    assert type(build_omni_model(**{**PARTS, "foundation": keys}).foundation) is Own
