@@ -129,6 +129,7 @@ def test_one_rank_has_the_gradients_of_each_sample_alone(name: str) -> None:
     assert_close(step(name, {}, "ddp"), name)
 
 
+IN_EVERY_RUN = {("flux", "ddp"), ("sd3", "fsdp2"), ("dit", "fsdp2"), ("wan", "ulysses")}
 LAYOUTS = {
     "ddp": ({}, "ddp"),
     "fsdp2": ({}, "fsdp2"),
@@ -138,7 +139,12 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(name, layout) for name in CONFIGS for layout in LAYOUTS if layout != "ulysses" or name in ("flux", "wan")],
+    [
+        pytest.param(name, layout, marks=() if (name, layout) in IN_EVERY_RUN else pytest.mark.slow)
+        for name in CONFIGS
+        for layout in LAYOUTS
+        if layout != "ulysses" or name in ("flux", "wan")
+    ],
 )
 def test_two_ranks_have_the_gradients_of_each_sample_alone(name: str, layout: str, two_ranks: Ranks) -> None:
     first, second = two_ranks.run(step, name, *LAYOUTS[layout])

@@ -25,7 +25,7 @@ CONFIGS = Path(veomni_recipes.__file__).parent / "configs" / "dit"
 LAYOUTS = {
     "ddp": ["--train.data_parallel_mode=ddp"],
     "fsdp2": ["--train.data_parallel_mode=fsdp2"],
-    "fsdp2, zero 2, accumulation": ["--train.data_parallel_mode=fsdp2", "--train.enable_full_shard=false"],
+    "fsdp2, zero 2": ["--train.data_parallel_mode=fsdp2", "--train.enable_full_shard=false"],
 }
 
 
@@ -77,7 +77,9 @@ def test_a_run_leaves_all_that_it_promises(alone: Path) -> None:
     assert seven.size == one.size == (8, 8)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if "zero" in name else ()) for name in LAYOUTS]
+)
 def test_two_ranks_train_as_one_does(
     layout: str, arguments: list[str], alone: Path, tmp_path: Path, two_ranks: Ranks
 ) -> None:

@@ -136,6 +136,11 @@ def recipe_for(argv: Sequence[str]) -> str:
     model = written.get("model") or {} if isinstance(written, dict) else {}
     if model.get("encoders") or model.get("decoders"):
         return "train_omni_model"
+    if model.get("transformer"):
+        text = (
+            "a transformer of diffusers is not compared by this command: `veomni run train_dit CONFIG --smoke` runs it"
+        )
+        raise ConfigError([Problem("model.transformer", text)])
     kind = architecture(parse_args(VLRecipeConfig, list(argv)))
     return "train_qwen_omni" if "thinker" in kind else "train_qwen_vl" if "_vl" in kind else "train_torch"
 
