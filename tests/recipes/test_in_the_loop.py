@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from veomni_config import ConfigError, RecipeConfig, TrainConfig, parse_args
 from veomni_recipes.determinism import make_deterministic
 from veomni_recipes.memory import tidied_together
 from veomni_recipes.report import read_run
-from veomni_recipes.run_folder import VALIDATION, read_metrics
+from veomni_recipes.run_folder import VALIDATION, Metrics, read_metrics
 from veomni_recipes.supported import TEXT, refuse_without_effect
 
 from tests.recipes.text_run import prepare, texts, train
@@ -174,6 +175,16 @@ def test_a_deterministic_run_repeats_bit_by_bit(folder: Path, validated: list[st
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_metrics_are_json_whatever_the_numbers_are(tmp_path: Path) -> None:
+    line = {"step": 1, "loss": math.nan, "losses": {"text": math.inf, "pictures": 2.0}, "mark": None}
+    for step in (0, 1):  # the second run goes on behind the line
+        Metrics(tmp_path, step).write({**line, "step": step + 1})
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert text[0] == '{"step": 1, "loss": null, "losses": {"text": null, "pictures": 2.0}, "mark": null}'
+    assert text[1] == text[0].replace('"step": 1', '"step": 2')
+    assert math.isnan(read_metrics(tmp_path)[1]["loss"])
 
 
 @pytest.mark.gpu

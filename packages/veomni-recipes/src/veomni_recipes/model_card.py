@@ -74,7 +74,7 @@ def write_card(folder: Path, cfg: RecipeConfig, recipe: str) -> None:
     text = task == "text-generation"
     name = folder.resolve().name
     content = _CARD.format(
-        front="---\n" + _metadata(cfg, name, task, summary, validations).to_yaml() + "\n---\n",
+        front="---\n" + _metadata(cfg, folder, task, summary, validations).to_yaml() + "\n---\n",
         name=name,
         about=_about(cfg, summary),
         recipe=recipe,
@@ -118,7 +118,7 @@ def _about(cfg: RecipeConfig, summary: Mapping[str, Any]) -> str:
 
 
 def _metadata(
-    cfg: RecipeConfig, name: str, task: str, summary: Mapping[str, Any], validations: list[dict[str, Any]]
+    cfg: RecipeConfig, folder: Path, task: str, summary: Mapping[str, Any], validations: list[dict[str, Any]]
 ) -> ModelCardData:
     data: dict[str, Any] = {"task_type": task, "dataset_name": "held-out data"}
     data["dataset_type"] = _short(cfg.data.eval_path or "")
@@ -127,8 +127,10 @@ def _metadata(
         for key, value in summary.items()
         if key.endswith("_accuracy")
     ]
-    if validations:
-        loss = round(validations[-1]["loss"], 6)
+    best = read_json(folder / BEST).get("step") if cfg.train.export_checkpoint == "best" else None
+    told = [line for line in validations if best in (None, line["step"])]
+    if told:
+        loss = round(told[-1]["loss"], 6)
         results.append(EvalResult(metric_type="loss", metric_name="validation loss", metric_value=loss, **data))
     base = cfg.model.model_path
     adapters = cfg.train.train_architecture == "lora"
@@ -138,7 +140,7 @@ def _metadata(
         tags=["veomni", *(["lora"] if adapters else [])],
         base_model=str(base) if base is not None and _of_the_hub(str(base)) else None,
         datasets=[cfg.data.train_path] if _of_the_hub(cfg.data.train_path) else None,
-        model_name=name if results else None,
+        model_name=folder.resolve().name if results else None,
         eval_results=results or None,
     )
 

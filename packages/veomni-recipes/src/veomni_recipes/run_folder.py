@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
@@ -42,22 +43,33 @@ class Metrics:
             name: of the file; `validation.jsonl` has a line for each step that was validated.
         """
         path = folder / name
-        write_json_lines(path, (line for line in read_metrics(folder, name) if line["step"] <= step))
+        write_json_lines(path, (_finite(line) for line in read_metrics(folder, name) if line["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Add a line; it is out of this process when this returns."""
-        self._file.write(json.dumps(line) + "\n")
+        """Add a line; it is out of this process when this returns. What is not finite, which JSON has not, is null."""
+        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         self._file.flush()
 
 
 def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """The lines of a run so far; a last line that was cut off is left out."""
+    """The lines of a run so far; a last line that was cut off is left out, what is null was not finite: NaN."""
     path = folder / name
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    parsed = (json.loads(line) for line in lines[:-1] if line)
+    return [{key: math.nan if value is None else value for key, value in line.items()} for line in parsed]
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with None for each number that is not finite."""
+    return {
+        key: _finite(value)
+        if isinstance(value, Mapping)
+        else (None if isinstance(value, float) and not math.isfinite(value) else value)
+        for key, value in values.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

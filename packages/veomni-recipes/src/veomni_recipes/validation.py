@@ -49,7 +49,7 @@ class Validation:
         state: ParallelState,
         *,
         pad_token_id: int,
-        answer: Callable[[int], Mapping[str, float]] | None = None,
+        answer: Callable[[int], dict[str, float]] | None = None,
         weights: Callable[[], AbstractContextManager[None]] = nullcontext,
         **arguments: Any,
     ) -> None:
@@ -97,7 +97,7 @@ class Validation:
             figures = {"step": progress.step, "epoch": progress.epoch, "loss": loss, "targets": targets}
             if self._train.eval_answers and self._answer is not None:
                 accuracies = self._answer(self._train.eval_answers)
-                figures |= {"accuracy": accuracies["all_accuracy"], **accuracies}
+                figures |= {"accuracy": accuracies.pop("all_accuracy"), **accuracies}
         figures["seconds"] = time.monotonic() - began
         name = self._train.best_metric
         if name is not None:
