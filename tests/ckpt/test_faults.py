@@ -123,9 +123,7 @@ def test_each_byte_of_a_tensor_is_checked(two_steps: tuple[Path, list[bytes], li
                 spoilt = bytearray(whole)
                 spoilt[place] ^= 128
                 path.write_bytes(spoilt)
-                with pytest.raises(
-                    CheckpointError, match=r"__0_0.distcp is damaged at (model|optimizer)\.[a-z_.]+: its "
-                ):
+                with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged( at \S+)?: its "):
                     CheckpointManager(folder).load(2, *make(1))
     finally:
         path.write_bytes(whole)
@@ -137,10 +135,7 @@ def test_a_file_that_grew_or_is_of_another_step_is_found(two_steps: tuple[Path, 
         path = folder / "global_step_2" / name
         whole = path.read_bytes()
         other = (folder / "global_step_1" / name).read_bytes()
-        contents = [whole + b"\n"]
-        if other != whole and not name.endswith(".distcp"):
-            contents.append(other)
-        for content in contents:
+        for content in {whole + b"\n", other} - {whole}:
             path.write_bytes(content)
             with pytest.raises(CheckpointError, match=f"global_step_2/{name} is (too long|damaged)"):
                 CheckpointManager(folder).load(2, *make(1))

@@ -45,7 +45,7 @@ def load(
         files = manifest.read(step_folder)
         folder = step_folder / files.folder if files.folder else step_folder
         if is_first(group):
-            files.check_sizes(folder)
+            files.check_files(folder)
         metadata = read_metadata(folder / ".metadata", files.content(folder, ".metadata"))
         if is_first(group):
             verify_ranges(folder, metadata, {name: size for name, (size, _) in files.files.items()})

@@ -1,7 +1,8 @@
 """What belongs to a checkpoint: the names, lengths and checksums of its files, in a file that is written last.
 
-A checksum stands for each file but those of the tensors, in which every item has its own: the zip archives that
-torch.save writes hold a CRC-32 of each member, and so a rank checks exactly the items that it reads.
+In the files of the tensors every item has checksums of its own: the zip archives that torch.save writes hold a CRC-32
+of each member, and so a rank checks exactly the items that it reads. Of these files the manifest knows the end, which
+holds the last item's checksum: a file of another save has another one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from veomni_ckpt.errors import DamagedCheckpointError
 
 NAME = "manifest.json"
 _TENSORS = ".distcp"
+_END = 1024
 _FOLDER = re.compile(r"|again_[0-9a-f]{8}")
 
 
@@ -26,12 +28,12 @@ class Manifest:
     """The files of a checkpoint.
 
     Attributes:
-        files: name -> (length in bytes, CRC-32, or None where the items have their own).
+        files: name -> (length in bytes, CRC-32 of the content; of the last 1,024 bytes of a `.distcp` file).
         folder: where they are below the step's folder; empty for there.
         trainable_only: frozen parameters were left out.
     """
 
-    files: dict[str, tuple[int, int | None]]
+    files: dict[str, tuple[int, int]]
     folder: str = ""
     trainable_only: bool = False
 
@@ -41,29 +43,31 @@ class Manifest:
         document = {"format": 1, "folder": self.folder, "trainable_only": self.trainable_only, "files": files}
         return (json.dumps(document, indent=1) + "\n").encode()
 
-    def check_sizes(self, folder: Path) -> None:
-        """Hold the lengths of all files against those in `folder`; reads no data.
+    def check_files(self, folder: Path) -> None:
+        """Hold the lengths of all files, and the ends of the tensors' files, against those in `folder`.
 
         Raises:
-            DamagedCheckpointError: naming the file that is missing or of another length.
+            DamagedCheckpointError: naming the file that is missing, of another length, or of another save.
         """
         found = sizes(folder)
-        for name, (size, _) in self.files.items():
+        for name, (size, crc) in self.files.items():
             if name not in found:
                 raise DamagedCheckpointError(f"{folder / name} is missing")
             if found[name] != size:
                 what = "is truncated" if found[name] < size else "is too long"
                 raise DamagedCheckpointError(f"{folder / name} {what}: {found[name]} bytes of {size}")
+            if name.endswith(_TENSORS) and _crc_of_end(folder / name, size) != crc:
+                raise DamagedCheckpointError(f"{folder / name} is damaged: its end is not what was saved")
 
     def content(self, folder: Path, name: str) -> bytes:
-        """All bytes of a file that has a checksum.
+        """All bytes of a file that is not of the tensors.
 
         Raises:
             DamagedCheckpointError: they are not those that were saved.
         """
-        size, crc = self.files.get(name, (None, None))
-        if size is None or crc is None:
+        if name not in self.files:
             raise DamagedCheckpointError(f"{folder / NAME} does not list {name}")
+        size, crc = self.files[name]
         try:
             data = (folder / name).read_bytes()
         except FileNotFoundError as error:
@@ -86,8 +90,15 @@ def of_files(folder: Path, trainable_only: bool) -> Manifest:
     """List the files of a folder as they are now; reads all but those of the tensors."""
     files = {}
     for name, size in sizes(folder).items():
-        files[name] = (size, None if name.endswith(_TENSORS) else zlib.crc32((folder / name).read_bytes()))
+        path = folder / name
+        files[name] = (size, _crc_of_end(path, size) if name.endswith(_TENSORS) else zlib.crc32(path.read_bytes()))
     return Manifest(files, trainable_only=trainable_only)
+
+
+def _crc_of_end(path: Path, size: int) -> int:
+    with path.open("rb") as stream:
+        stream.seek(max(0, size - _END))
+        return zlib.crc32(stream.read(_END))
 
 
 def read(step_folder: Path) -> Manifest:
@@ -104,7 +115,7 @@ def read(step_folder: Path) -> Manifest:
         files = {}
         for name, entry in document["files"].items():
             size, crc = entry["bytes"], entry["crc32"]
-            if type(size) is not int or type(crc) is not (type(None) if name.endswith(_TENSORS) else int):
+            if type(size) is not int or type(crc) is not int:
                 raise ValueError(f"{name} has no length or no checksum")
             files[name] = (size, crc)
         return Manifest(files, document["folder"], document["trainable_only"] is True)
