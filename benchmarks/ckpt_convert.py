@@ -66,19 +66,20 @@ print(len(found.tensors), time.perf_counter() - begin, used.ru_utime + used.ru_s
 """
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """Seconds, and peak memory in MB, of a command in a process of its own."""
+def measure(command: list[str]) -> tuple[float, float, int]:
+    """Seconds, seconds of the processor, and peak memory in MB, of a command in a process of its own."""
     probe = (
         "import resource, subprocess, sys, time; begin = time.perf_counter()\n"
         "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
-        "print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss // 1024)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-I", "-S", "-c", probe, *command], capture_output=True, text=True, check=True, env=environment
     )
-    seconds, peak = run.stdout.split()
-    return float(seconds), int(peak)
+    seconds, processor, peak = run.stdout.split()
+    return float(seconds), float(processor), int(peak)
 
 
 def ways(folder: Path, dtype: str, with_torch: bool) -> dict[str, Callable[[Path], list[str]]]:
@@ -122,18 +123,20 @@ def convert(gigabytes: float, rounds: int, dtype: str, with_torch: bool) -> list
         subprocess.run([*launch, *arguments], check=True, env=environment, capture_output=True)
         commands = ways(folder, dtype, with_torch)
         seconds: dict[str, list[float]] = {way: [] for way in commands}
+        processor: dict[str, list[float]] = {way: [] for way in commands}
         peaks: dict[str, int] = dict.fromkeys(commands, 0)
         for number in range(rounds + 1):
             for way, command in commands.items():
                 target = folder / "target"
                 if "consolidation" in way:
                     target.mkdir()
-                taken, peak = measure(command(target))
+                taken, worked, peak = measure(command(target))
                 shutil.rmtree(target, ignore_errors=True)
                 for left in folder.glob("target*"):
                     left.unlink()
                 if number:  # the first round warms the page cache
                     seconds[way].append(taken)
+                    processor[way].append(worked)
                     peaks[way] = max(peaks[way], peak)
     base = seconds["cp -r"]
     return [
@@ -142,6 +145,7 @@ def convert(gigabytes: float, rounds: int, dtype: str, with_torch: bool) -> list
             "dtype": dtype,
             "gigabytes": gigabytes,
             "seconds": statistics.median(taken),
+            "processor_seconds": statistics.median(processor[way]),
             "to_cp": statistics.median(one / other for one, other in zip(taken, base, strict=True)),
             "to_cp_without_start": statistics.median(
                 (one - 0.3) / other for one, other in zip(taken, base, strict=True)
@@ -290,10 +294,11 @@ def main() -> None:
             rows = convert(arguments.gigabytes, arguments.rounds, dtype, with_torch)
             result["convert"] += rows
             print(f"\n{arguments.gigabytes} GB {dtype}, medians of {arguments.rounds} rounds")
-            print("| way | seconds | to cp -r | (seconds - 0.3) to cp -r | peak MB |\n|---|---|---|---|---|")
+            print("| way | seconds | of the processor | to cp -r | (seconds - 0.3) to cp -r | peak MB |")
+            print("|---|---|---|---|---|---|")
             for row in rows:
-                figures = f"{row['seconds']:.2f} | {row['to_cp']:.2f} | {row['to_cp_without_start']:.2f}"
-                print(f"| {row['way']} | {figures} | {row['peak_mb']} |")
+                figures = f"{row['seconds']:.2f} | {row['processor_seconds']:.2f} | {row['to_cp']:.2f}"
+                print(f"| {row['way']} | {figures} | {row['to_cp_without_start']:.2f} | {row['peak_mb']} |")
     if arguments.metadata:
         print("\n| tensors x shards | file MB | inspect, seconds | of the processor | peak MB |\n|---|---|---|---|---|")
     for text in arguments.metadata:

@@ -4,9 +4,10 @@
 
 A Llama of bfloat16, its matrices split by rows or by columns over four processes (FSDP2, meta device).
 `load_pretrained` of slices and from rank 0, `from_pretrained` on each rank with sharding after it, and `export_hf`
-alternate, each in fresh processes, the files' pages dropped from the cache before. Bytes from the disk, and bytes that
-were read, are those of `/proc/self/io`, summed over the ranks, in sizes of the checkpoint (mapped files count for the
-first only). Memory is the growth of the peak (VmHWM) over what the process held before, of the rank that grew most.
+alternate, each in fresh processes, the files' pages dropped from the cache before; then once more, warm. Bytes from the
+disk, and bytes that were read, are those of `/proc/self/io`, summed over the ranks, in sizes of the checkpoint (mapped
+files count for the first only). Memory is the growth of the peak (VmHWM) over what the process held before, of the rank
+that grew most.
 """
 
 from __future__ import annotations
@@ -63,17 +64,24 @@ dist.barrier()
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
 before, disk, called, begin = status("VmRSS"), io("read_bytes"), io("rchar"), time.perf_counter()
 cpu = time.process_time()
-if way == "from_pretrained":
-    # safetensors maps the files: bytes are read when the shards are cut out of them
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    shard_it(model)
-elif way == "export_hf":
-    export_hf(model, target)
-else:
-    load_pretrained(model, folder, broadcast_from_rank0=way == "broadcast_from_rank0")
+def work():
+    global model
+    if way == "from_pretrained":
+        # safetensors maps the files: bytes are read when the shards are cut out of them
+        model = shard_it(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+    elif way == "export_hf":
+        export_hf(model, target)
+    else:
+        load_pretrained(model, folder, broadcast_from_rank0=way == "broadcast_from_rank0")
+
+work()
 seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
 shard = sum(p.to_local().nbytes for p in model.parameters()) / 2**20
 own = [seconds, cpu, status("VmHWM") - before, shard, io("read_bytes") - disk, io("rchar") - called]
+dist.barrier()
+begin, warm_cpu = time.perf_counter(), time.process_time()
+work()
+own += [time.perf_counter() - begin, time.process_time() - warm_cpu]
 every = [None] * dist.get_world_size()
 dist.all_gather_object(every, own)
 if dist.get_rank() == 0:
@@ -93,7 +101,7 @@ WAYS = ("load_pretrained", "broadcast_from_rank0", "from_pretrained", "export_hf
 
 
 def run(folder: Path, way: str) -> list[list[float]]:
-    """Of each rank: seconds, of its processor, peak MB, shard MB, bytes from the disk, bytes that it read."""
+    """Of each rank: seconds, of its processor, peak and shard MB, bytes from the disk, bytes read; warm seconds."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     arguments = [str(folder / "rank.py"), str(folder / "hf"), way, str(folder / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -129,16 +137,19 @@ def main() -> None:
                     "gigabytes": size / 1e9,
                     "seconds": statistics.median(max(rank[0] for rank in ranks) for ranks in rounds),
                     "processor_seconds": statistics.median(sum(rank[1] for rank in ranks) for ranks in rounds),
+                    "warm_seconds": statistics.median(max(rank[6] for rank in ranks) for ranks in rounds),
+                    "warm_processor_seconds": statistics.median(sum(rank[7] for rank in ranks) for ranks in rounds),
                     "peak_mb": max(rank[2] for ranks in rounds for rank in ranks),
                     "shard_mb": max(rank[3] for ranks in rounds for rank in ranks),
                     "disk_to_size": max(sum(rank[4] for rank in ranks) for ranks in rounds) / size,
                     "read_to_size": max(sum(rank[5] for rank in ranks) for ranks in rounds) / size,
                 }
             )
-    print("| way | seconds | of the processors | peak MB | shard MB | from disk | read |")
-    print("|---|---|---|---|---|---|---|")
+    print("| way | cold s | of processors | warm s | of processors | peak MB | shard MB | from disk | read |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         seconds = f"{row['seconds']:.2f} | {row['processor_seconds']:.2f}"
+        seconds += f" | {row['warm_seconds']:.2f} | {row['warm_processor_seconds']:.2f}"
         memory = f"{row['peak_mb']:.0f} | {row['shard_mb']:.0f}"
         print(f"| {row['way']} | {seconds} | {memory} | {row['disk_to_size']:.2f} | {row['read_to_size']:.2f} |")
     if arguments.json:

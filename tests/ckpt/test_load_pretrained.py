@@ -231,7 +231,7 @@ def count_reads(folder: Path, dims: list[int]) -> tuple[int, int, int]:
     from veomni_ckpt import stored_tensors, tensor_reader
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="meta") for _ in dims))
+    model = nn.Sequential(*(nn.Linear(2048, 512, bias=False, device="meta") for _ in dims))
     for layer, dim in zip(model, dims, strict=True):
         fully_shard(layer, mesh=mesh, shard_placement_fn=lambda _, dim=dim: Shard(dim))
     read = []
@@ -250,11 +250,11 @@ def count_reads(folder: Path, dims: list[int]) -> tuple[int, int, int]:
 
 def test_a_rank_reads_no_byte_that_it_does_not_hold(four_ranks: Ranks, tmp_path: Path) -> None:
     """A part of the rows is one range of bytes, a part of the columns one of each row."""
-    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(3)))
+    model = nn.Sequential(*(nn.Linear(2048, 512, bias=False) for _ in range(3)))
     export_hf(model, tmp_path / "hf", max_shard_size="5MB")
     for read, held, count in four_ranks.run(count_reads, tmp_path / "hf", [0, 1, 0]):
         assert read == held == 3 * 2**20
-        assert count == 1 + 1024 + 1
+        assert count == 1 + 512 + 1
 
 
 def load_what_breaks(folder: Path) -> str:

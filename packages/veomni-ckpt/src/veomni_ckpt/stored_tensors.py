@@ -14,6 +14,7 @@ from veomni_ckpt.local_pieces import within
 from veomni_ckpt.tensor_reader import fill
 
 BUFFER = 8 * 2**20
+_PAGE = 4_096
 _SHORT = 512  # bytes: between shorter ranges it is quicker to read on than to ask again
 
 
@@ -34,7 +35,10 @@ def _fetch(checkpoint: Checkpoint, tensor: Tensor, piece: Piece, box: Box, out: 
         return
     dtype = getattr(torch, tensor.dtype.name)
     cut = max((dim for dim, size in enumerate(tensor.shape) if box[dim][1] != size), default=-1)
-    is_short = cut >= 0 and itemsize * math.prod(box_sizes(box[cut:])) < _SHORT
+    width = itemsize * math.prod(box_sizes(box[cut:])) if cut >= 0 else 0
+    row = itemsize * math.prod(tensor.shape[cut:]) if cut >= 0 else 0
+    # a disk reads whole pages, so that leaving out less than one of each row saves nothing
+    is_short = cut >= 0 and (width < _SHORT or width + _PAGE >= row)
     if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous() and not is_short:
         _read(checkpoint, tensor, piece, box, cut, out)
         return
