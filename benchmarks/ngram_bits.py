@@ -108,7 +108,7 @@ def main() -> None:
     """Choose on the validation texts, and print the bits per byte of the test texts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--order", type=int, default=5)
+    parser.add_argument("--order", type=int, default=5, choices=range(1, 8), help="of longer ones 64 bits are too few")
     args = parser.parse_args()
     began = time.process_time()
     texts = {
