@@ -18,7 +18,9 @@ from veomni_config import ConfigError, VLRecipeConfig, parse_args
 from veomni_data import PackingCollator, multimodal_prompt
 from veomni_models import build_processor
 from veomni_parallel import build_parallelize_model, init_parallel_state
+from veomni_recipes.black_box import read_boxes
 from veomni_recipes.evaluation import generate, load_exported, prompt_options
+from veomni_recipes.replay import replay_step
 from veomni_recipes.run_folder import read_metrics
 from veomni_recipes.smoke import smoke_config, tiny_tokenizer
 from veomni_recipes.smoke_data import texts
@@ -172,6 +174,18 @@ def test_the_vision_encoder_has_a_learning_rate_of_its_own(frozen_run: Path, tmp
     seen = max(value for name, value in moved.items() if ".visual." in name)
     assert seen == pytest.approx(1e-3, rel=0.02)
     assert max(value for name, value in moved.items() if ".visual." not in name) == pytest.approx(1e-5, rel=0.02)
+
+
+def test_a_replay_of_a_bad_step_has_its_loss_positions_included(frozen_run: Path, tmp_path: Path) -> None:
+    changes = [f"--train.output_dir={tmp_path}", "--train.save_steps=0", "--train.max_steps=8", "--train.lr=1"]
+    rule = ["--train.spike_sigma=1e-9", "--train.spike_window=4"]
+    with pytest.raises(SystemExit, match="2"):
+        train_qwen_vl.main([f"{frozen_run}/run.yaml", *changes, *rule])
+    (boxes,) = read_boxes(tmp_path).values()
+    made = replay_step(tmp_path)
+    assert sum(made.losses.values()) == pytest.approx(boxes[0]["loss"], rel=1e-5)
+    alone = sum(sample.loss * sample.targets for sample in made.samples)
+    assert alone / sum(sample.targets for sample in made.samples) == pytest.approx(boxes[0]["loss"], rel=1e-5)
 
 
 def test_videos_of_different_rates_are_answered_together_as_alone(tmp_path: Path, tokenizer: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from veomni_recipes.black_box import FOLDER, WEIGHTS, read_boxes, set_random_sta
 from veomni_recipes.distributed import to_device
 from veomni_recipes.errors import TrainingError
 from veomni_recipes.launch import USER_ERROR
+from veomni_recipes.multimodal_data import rope_positions
 
 _MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "target_pixel_values")
 
@@ -87,15 +89,18 @@ def replay_step(run: Path, step: int | None = None) -> Replayed:
         raise TrainingError(f"{run} has no {FOLDER} of step {step}: there is {', '.join(map(str, boxes))}")
     box, folder = boxes[step], run / FOLDER / f"step_{step}"
     device = torch.device(torch.accelerator.current_accelerator() or "cpu") if _accelerated() else torch.device("cpu")
-    model, weights = _load_model(run, folder, step, device)
+    plain, weights = _load_model(run, folder, step, device)
     if _computes_in_bfloat16(run):
-        model = build_parallelize_model(model, init_parallel_state(device_type=device.type), mixed_precision="bf16")
+        model = build_parallelize_model(plain, init_parallel_state(device_type=device.type), mixed_precision="bf16")
     else:
-        model = build_parallelize_model(model, init_parallel_state(device_type=device.type))
+        model = build_parallelize_model(plain, init_parallel_state(device_type=device.type))
 
     register_omni_model()  # so that its processor is one for transformers
     description = read_ledger(run).manifest["description"]
     pipeline = build_pipeline(DataDescription.from_dict(description))
+    if pipeline.processor is not None and not isinstance(plain, OmniModel):  # whose samples have the model's positions
+        encode = partial(pipeline.transform, position_ids=rope_positions(plain.config))
+        pipeline = replace(pipeline, transform=encode)
     made = Replayed(step, box[0]["reason"], weights)
     targets = sum(b["targets"] for each in _one_of_each_row(box) for b in each["micro_batches"])
     for each in _one_of_each_row(box):
