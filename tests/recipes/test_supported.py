@@ -6,7 +6,7 @@ from veomni_recipes.supported import OMNI, refuse_without_effect
 
 
 @pytest.mark.parametrize(
-    "change", ["--train.ep_outside=true", "--data.generation_ratio=0.5", "--model.encode_target=true"]
+    "change", ["--train.ep_outside=true", "--train.train_architecture=lora", "--train.expert_parallel_size=2"]
 )
 def test_a_key_that_the_recipe_does_not_act_on_is_refused_by_name(change: str, arguments: list[str]) -> None:
     cfg = parse_args(OmniRecipeConfig, [*arguments, "--train.output_dir=unused", change])

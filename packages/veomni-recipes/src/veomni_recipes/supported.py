@@ -10,17 +10,11 @@ _NOWHERE = ("train.ep_outside",)
 OMNI = (
     *_NOWHERE,
     "data.data_type",
-    "data.generation_ratio",
-    "model.input_encoder",
-    "model.output_encoder",
-    "model.encode_target",
-    "model.moe_implementation",
     "model.lora_config",
     "train.train_architecture",
     "train.enable_fused_loss",
     "train.tensor_parallel_size",
     "train.expert_parallel_size",
-    "train.save_initial_model",
 )
 TEXT = (
     *_NOWHERE,

@@ -179,6 +179,7 @@ def describe_data(cfg: OmniRecipeConfig | VLRecipeConfig, processor: Path, pad_t
         text_keys=cfg.data.text_keys,
         image_keys=cfg.data.image_keys,
         limits=media_limits(cfg.data) | ({"max_image_nums": most} if (most := cfg.data.max_image_nums) else {}),
+        generation_ratio=getattr(cfg.data, "generation_ratio", 0.0),
         shuffle_buffer=cfg.data.shuffle_buffer,
         collator="packing" if packed else "padding",
         pad_token_id=pad_token_id,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from veomni_ckpt import CheckpointError, CheckpointManager, StopSignals, export_hf
-from veomni_config import ConfigError, OmniRecipeConfig, dump_config, parse_args
+from veomni_config import ConfigError, OmniRecipeConfig, Problem, dump_config, parse_args
 from veomni_data import (
     DataError,
     build_dataset,
@@ -81,7 +81,15 @@ Config = OmniRecipeConfig
 
 def read_data(cfg: OmniRecipeConfig) -> tuple[OmniProcessor, Any, Any]:
     """The processor, the training data as samples of tokens and media, and held-out questions (None without any)."""
-    processor = build_omni_processor(cfg.model.tokenizer_path, encoders=cfg.model.encoders, decoders=cfg.model.decoders)
+    processor = build_omni_processor(
+        cfg.model.tokenizer_path,
+        encoders=cfg.model.encoders,
+        decoders=cfg.model.decoders,
+        input_encoder=cfg.model.input_encoder,
+    )
+    if cfg.data.generation_ratio and not processor.generation:
+        text = "pictures are drawn by a decoder, and the model has none: set model.decoders.image, or this to 0"
+        raise ConfigError([Problem("data.generation_ratio", text)])
     template = get_chat_template(cfg.data.chat_template, processor.tokenizer)
     processor.tokenizer.chat_template = processor.chat_template = template.source  # exported with the model
     columns: dict[str, Any] = {
@@ -96,6 +104,7 @@ def read_data(cfg: OmniRecipeConfig) -> tuple[OmniProcessor, Any, Any]:
         template=template,
         max_image_nums=cfg.data.max_image_nums,
         generation=pictures_to_draw(processor),
+        generation_ratio=cfg.data.generation_ratio,
         **columns,
         **limits,
     )
@@ -125,7 +134,11 @@ def build_model(cfg: OmniRecipeConfig, processor: OmniProcessor, device: torch.d
         decoders=cfg.model.decoders,
         vocab_size=len(processor.tokenizer),
         **processor.placeholder_ids,
+        input_encoder=cfg.model.input_encoder,
+        output_encoder=cfg.model.output_encoder,
+        encode_target=cfg.model.encode_target,
         attn_implementation=cfg.model.attn_implementation,
+        moe_implementation=cfg.model.moe_implementation,
         init_device="meta" if cfg.train.init_device == "meta" else device.type,
         seed=cfg.train.seed,
     )
@@ -220,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         saved = checkpoints.load(resume_from, model, optimizer)
         if saved is not None:
             progress.restore(saved, loader, guard=guard, validation=validation)
+    if cfg.train.save_initial_model and progress.step == 0:
+        export_hf(model, folder / "initial_model", assets=[processor])
 
     def save() -> None:
         log.write(meter.flush())
