@@ -25,6 +25,7 @@ from veomni_recipes.run_folder import read_metrics
 from veomni_recipes.smoke import smoke_config, tiny_tokenizer
 from veomni_recipes.smoke_data import texts
 from veomni_recipes.smoke_vision import save_tiny_model
+from veomni_recipes.supported import VISION_LANGUAGE, refuse_without_effect
 from veomni_recipes.tasks.omni import train_qwen_omni, train_qwen_vl
 
 pytest.importorskip("torchvision")
@@ -217,6 +218,10 @@ def test_what_does_not_belong_together_is_refused_in_one_sentence(tmp_path: Path
     processor, _, _ = train_qwen_vl.read_data(cfg)
     with pytest.raises(ConfigError, match=r"train.freeze_audio_tower.*Qwen3VLForConditionalGeneration has no such"):
         train_qwen_vl.build_model(cfg, processor, torch.device("cpu"))
+    answers = ["--train.train_architecture=lora", "--train.eval_answers=5", "--train.eval_epochs=1"]
+    adapted = configured(tmp_path, *answers, f"--data.eval_path={tmp_path}/train.jsonl")
+    with pytest.raises(ConfigError, match=r"train.eval_answers: a model with adapters is exported at the end alone"):
+        refuse_without_effect(adapted, VISION_LANGUAGE)
     tokenizer.save_pretrained(tmp_path / "text")
     with pytest.raises(ConfigError, match="holds no processor of pictures"):
         train_qwen_vl.read_data(configured(tmp_path, f"--model.tokenizer_path={tmp_path}/text"))

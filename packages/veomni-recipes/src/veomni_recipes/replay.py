@@ -99,8 +99,8 @@ def replay_step(run: Path, step: int | None = None) -> Replayed:
     description = read_ledger(run).manifest["description"]
     pipeline = build_pipeline(DataDescription.from_dict(description))
     if pipeline.processor is not None and not isinstance(plain, OmniModel):  # whose samples have the model's positions
-        encode = partial(pipeline.transform, position_ids=rope_positions(plain.config))
-        pipeline = replace(pipeline, transform=encode)
+        encode: Any = pipeline.transform
+        pipeline = replace(pipeline, transform=partial(encode, position_ids=rope_positions(plain.config)))
     made = Replayed(step, box[0]["reason"], weights)
     targets = sum(b["targets"] for each in _one_of_each_row(box) for b in each["micro_batches"])
     for each in _one_of_each_row(box):

@@ -66,6 +66,9 @@ def refuse_without_effect(cfg: RecipeConfig, without: Sequence[str]) -> None:
             "the held-out data are answered by the exported model: set train.save_hf_weights to true, or this to null"
         )
         problems.append(Problem("data.eval_path", text))
+    if cfg.train.eval_answers and answers and cfg.train.train_architecture == "lora":
+        text = "a model with adapters is exported at the end alone: set it to 0, its loss is validated"
+        problems.append(Problem("train.eval_answers", text))
     packed = cfg.train.rmpad or cfg.train.rmpad_with_pos_ids
     if cfg.train.ulysses_parallel_size > 1 and not packed:
         text = "the ranks of a row share it only if it is packed: set train.rmpad to true, or this to 1"
