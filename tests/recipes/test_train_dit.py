@@ -21,6 +21,7 @@ from veomni_recipes.run_folder import read_metrics
 from veomni_recipes.smoke_dit import smoke_dit_config
 from veomni_recipes.tasks.dit import prepare_dit, train_dit
 
+pytestmark = pytest.mark.timeout(300)
 CONFIGS = Path(veomni_recipes.__file__).parent / "configs" / "dit"
 LAYOUTS = {
     "ddp": ["--train.data_parallel_mode=ddp"],
@@ -84,7 +85,7 @@ def test_two_ranks_train_as_one_does(
     layout: str, arguments: list[str], alone: Path, tmp_path: Path, two_ranks: Ranks
 ) -> None:
     more = ["--data.eval_path=null", "--train.save_hf_weights=false", *LAYOUTS[layout]]
-    two_ranks.run(train, [*arguments, f"--train.output_dir={tmp_path}", *more], timeout=100)
+    two_ranks.run(train, [*arguments, f"--train.output_dir={tmp_path}", *more], timeout=200)
     for line, expected in zip(read_metrics(tmp_path), read_metrics(alone), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
