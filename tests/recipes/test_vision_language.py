@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from veomni_config import ConfigError, VLRecipeConfig, parse_args
-from veomni_data import PackingCollator, multimodal_prompt
+from veomni_data import PackingCollator, PaddingCollator, multimodal_prompt
 from veomni_models import build_processor
 from veomni_parallel import build_parallelize_model, init_parallel_state
 from veomni_recipes.black_box import read_boxes
@@ -81,7 +81,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_row_of_the_recipes_data_has_the_loss_and_gradients_of_each_sample_alone(
+def test_rows_of_the_recipes_data_have_the_loss_and_gradients_of_each_sample_alone(
     family: str, tmp_path: Path, tokenizer: Any
 ) -> None:
     hears = "audio" in save_tiny_model(family, tokenizer, tmp_path / "model")
@@ -109,18 +109,20 @@ def test_a_packed_row_of_the_recipes_data_has_the_loss_and_gradients_of_each_sam
         truth += loss.item()
 
     wrapped = build_parallelize_model(model, init_parallel_state(), mode="ddp")
-    row = PackingCollator(processor.tokenizer.pad_token_id)(samples)
-    loss = wrapped(**row, num_items_in_batch=targets, use_cache=False).loss
-    loss.backward()
-    assert loss.item() == pytest.approx(truth, rel=1e-5)
-    compared = 0
-    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
-        if expected.grad is not None:
-            assert parameter.grad is not None, name
-            worst = (parameter.grad - expected.grad).abs().max()
-            assert worst <= 1e-5 * expected.grad.abs().max() + 1e-9, name  # keys' biases have a gradient of zero
-            compared += 1
-    assert compared > 40
+    for collator in (PackingCollator, PaddingCollator):
+        wrapped.zero_grad()
+        batch = collator(processor.tokenizer.pad_token_id)(samples)
+        loss = wrapped(**batch, num_items_in_batch=targets, use_cache=False).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(truth, rel=1e-5)
+        compared = 0
+        for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if expected.grad is not None:
+                assert parameter.grad is not None, name
+                worst = (parameter.grad - expected.grad).abs().max()
+                assert worst <= 1e-5 * expected.grad.abs().max() + 1e-9, name  # keys' biases have a gradient of zero
+                compared += 1
+        assert compared > 40
 
 
 @pytest.fixture(scope="module")
