@@ -30,6 +30,7 @@ from veomni_recipes.smoke_vision import save_tiny_model
 ARCHITECTURES = {
     "Qwen/Qwen3-0.6B": "qwen3",
     "Qwen/Qwen3-8B": "qwen3",
+    "outputs/fortunes/hf_ckpt": "qwen3",
     "Qwen/Qwen3-8B-Base": "qwen3",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
@@ -71,6 +72,7 @@ _CLASSES: dict[str, type[RecipeConfig]] = {
 }
 _STEPS: dict[str, Any] = {"max_steps": 3, "save_steps": 2, "micro_batch_size": 1, "data_parallel_replicate_size": -1}
 _STEPS |= {"data_parallel_shard_size": -1, "dyn_bsz_margin": 0, "bsz_warmup_ratio": 0.0, "save_epochs": 0}
+_STEPS |= {"eval_steps": 0, "eval_epochs": 0, "eval_answers": 0, "best_metric": None, "export_checkpoint": "last"}
 _SPLITTING = ("ulysses_parallel_size", "tensor_parallel_size")
 
 
