@@ -63,6 +63,21 @@ def told(arguments: list[str]) -> list[str]:
             ["--train.profile_end_step=6"],
         ),
         (
+            ["--train.export_checkpoint=best"],
+            ["set best_metric to loss", "train.export_checkpoint=best", "train.best_metric=null (default)"],
+            ["--train.best_metric=loss", "--train.eval_epochs=1"],
+        ),
+        (
+            ["--train.best_metric=loss"],
+            ["set eval_epochs to 1", "train.eval_steps=0 (default)", "train.eval_epochs=0 (default)"],
+            ["--train.eval_steps=100"],
+        ),
+        (
+            ["--train.best_metric=accuracy", "--train.eval_epochs=1"],
+            ["set eval_answers to 100", "train.eval_answers=0 (default)"],
+            ["--train.eval_answers=100"],
+        ),
+        (
             ["--model.config_path=null"],
             ["model.model_path", "model.foundation.model_type", "train.save_hf_weights=true (default)"],
             ["--model.foundation.model_type=qwen3"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -143,10 +143,3 @@ class Display:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
-
-
-def count_tokens(micro_batches: Sequence[Batch]) -> int:
-    """Tokens of this rank's micro-batches, without padding."""
-    return sum(
-        int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in micro_batches
-    )

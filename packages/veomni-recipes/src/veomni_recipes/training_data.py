@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.device_mesh import DeviceMesh
 from veomni_config import BatchPlan, OmniRecipeConfig, RecipeConfig, VLDataConfig, VLRecipeConfig
 from veomni_data import (
     DataDescription,
@@ -19,7 +17,7 @@ from veomni_data import (
     attention_cost,
     build_dataloader,
 )
-from veomni_parallel import ParallelState, global_sum
+from veomni_parallel import ParallelState
 
 from veomni_recipes.distributed import gather
 
@@ -123,20 +121,6 @@ def _budget(step: int, first: int, full: int, warmup: float, rows: int) -> int:
 
 def _work(sample: Sample, hidden_size: int) -> float:
     return attention_cost(len(sample["input_ids"]), hidden_size)
-
-
-def source_shares(loader: DataLoader, mesh: DeviceMesh) -> dict[str, dict[str, float]]:
-    """The share of each source in the tokens of the run so far, for its line of metrics; nothing for a single source.
-
-    Args:
-        mesh: the data-parallel ranks.
-    """
-    own = loader.counts()["tokens"]
-    if len(own) < 2:
-        return {}
-    tokens = global_sum(torch.tensor([*own.values()], dtype=torch.int64, device=mesh.device_type), mesh)
-    shares = (tokens / tokens.sum().clamp(min=1)).tolist()
-    return {"shares": {name: round(share, 6) for name, share in zip(own, shares, strict=True)}}
 
 
 def left_out(loader: DataLoader, folder: Path) -> tuple[dict[str, int], str]:
