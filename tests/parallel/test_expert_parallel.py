@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "ep 2 x tp 2": (4, {"ep": 2, "tp": 2}),
     "ep 2, tp 2": (2, {"ep": 2, "tp": 2}),
     "ep 4, tp 2": (4, {"ep": 4, "tp": 2}),
+    "ep 2 x ep_fsdp 2, ep outside": (4, {"ep": 2, "ep_outside": True}),
 }
 MODELS = ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "stranger")
 

@@ -144,6 +144,11 @@ def test_describe_draws_who_is_with_whom(four_ranks: Ranks) -> None:
         "  replica 0  shard 0  ranks  0   1",
         "  replica 1  shard 0  ranks [2]  3",
     ]
+    outside = four_ranks.run(describe, {"ep": 2, "ep_outside": True})[2].splitlines()
+    assert outside[-2:] == [
+        "  replica 0  ep_fsdp 0  experts over  0  [2]",
+        "  replica 0  ep_fsdp 1  experts over  1   3",
+    ]
     assert four_ranks.run(describe, {"tp": 2, "ep": 2})[2].splitlines() == [
         "4 ranks on cpu = 1 replicate x 2 shard x 1 ulysses x 2 tp, experts over 2 ep x 2 ep_fsdp; this is rank 2",
         "  replica 0  shard 0  ranks (0   1)",

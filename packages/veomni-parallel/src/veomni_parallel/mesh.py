@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from veomni_parallel.errors import ParallelError
 
@@ -143,6 +144,8 @@ class ParallelState:
     """What dense parameters are sharded over: `fsdp`, or (replicate, fsdp) if there are replicas."""
     expert_shard_mesh: Mesh
     """What each rank's experts are sharded over: `ep_fsdp`, or (replicate, ep_fsdp) if there are replicas."""
+    ep_outside: bool = False
+    """Whether the ranks of an expert group lie far apart."""
 
     @property
     def device(self) -> torch.device:
@@ -170,12 +173,13 @@ class ParallelState:
             groups = [self._draw(range(first + u * s.tp, first + (u + 1) * s.tp)) for u in range(s.ulysses)]
             row = " ".join(f"({group.strip()})" if s.tp > 1 else group for group in groups)
             lines.append(f"  replica {dp // s.dp_shard}  shard {dp % s.dp_shard}  ranks {row}".rstrip())
-        for group in range(s.world_size // s.ep if s.ep > 1 else 0):
-            row = self._draw(range(group * s.ep, (group + 1) * s.ep))
+        groups_of_experts = _experts_of_replicas(s, self.ep_outside).reshape(-1, s.ep).tolist() if s.ep > 1 else []
+        for group, ranks in enumerate(groups_of_experts):
+            row = self._draw(ranks)
             lines.append(f"  replica {group // s.ep_fsdp}  ep_fsdp {group % s.ep_fsdp}  experts over {row}".rstrip())
         return "\n".join(lines)
 
-    def _draw(self, ranks: range) -> str:
+    def _draw(self, ranks: Sequence[int]) -> str:
         width = len(str(self.sizes.world_size - 1))
         return " ".join(f"[{r:>{width}}]" if r == self.rank else f" {r:>{width}} " for r in ranks)
 
@@ -190,6 +194,7 @@ def init_parallel_state(
     tp: int = 1,
     pp: int = 1,
     ep: int = 1,
+    ep_outside: bool = False,
     node_size: int | None = None,
 ) -> ParallelState:
     """Build the meshes of this run. Call it on every rank after `torch.distributed.init_process_group`.
@@ -207,6 +212,7 @@ def init_parallel_state(
         tp: ranks that share each matrix.
         pp: pipeline parallel size; must be 1.
         ep: ranks that hold different experts; divides dp_shard x ulysses x tp.
+        ep_outside: whether the ranks of an expert group lie far apart, with the shards of each expert close together.
         node_size: ranks on a node; if given, groups of tp x ulysses ranks that would cross nodes are refused.
 
     Raises:
@@ -223,6 +229,11 @@ def init_parallel_state(
             f"Groups of tp={sizes.tp} x ulysses={sizes.ulysses} ranks do not fit into nodes of node_size={node_size}"
             " ranks without crossing them: choose sizes whose product divides it, or leave node_size out."
         )
+    if ep_outside and sizes.tp > 1:
+        raise ParallelError(
+            f"ep_outside puts tp={sizes.tp} ranks, which hold the same tokens, into one group of shards of experts: use"
+            " ep_outside=False, or tp=1."
+        )
     if not distributed:
         alone = LocalMesh(device_type)
         meshes = (
@@ -238,15 +249,18 @@ def init_parallel_state(
             "shard_mesh",
             "expert_shard_mesh",
         )
-        return ParallelState(sizes, device_type, rank=0, **dict.fromkeys(meshes, alone))
+        same: dict[str, Any] = dict.fromkeys(meshes, alone)
+        return ParallelState(sizes, device_type, rank=0, **same)
 
     views = _Views(device_type, world_size)
     r, s, u, t, e = sizes.dp_replicate, sizes.dp_shard, sizes.ulysses, sizes.tp, sizes.ep
     ranks = torch.arange(world_size).view(r, s, u, t)
     # FSDP takes the views of a parameter that is divided twice from one mesh
     dense = views.mesh({"replicate": r, "fsdp": s * u, "tp": t}, keep="fsdp")
-    experts = views.mesh({"replicate": r, "ep_fsdp": sizes.ep_fsdp, "ep": e}, keep="ep_fsdp") if e > 1 else None
-    in_replica = torch.arange(world_size).view(r, sizes.ep_fsdp if e > 1 else -1, e)
+    in_replica = _experts_of_replicas(sizes, ep_outside)
+    experts = None
+    if e > 1:
+        experts = views.mesh({"replicate": r, "ep_fsdp": sizes.ep_fsdp, "ep": e}, keep="ep_fsdp", grid=in_replica)
     one = views.of("one", in_replica, ())
     return ParallelState(
         sizes,
@@ -262,12 +276,20 @@ def init_parallel_state(
         ep_fsdp=views.of("ep_fsdp", in_replica, (1,)) if experts is not None else one,
         loss=views.of("loss", ranks, (0, 1, 2)),
         shard_mesh=dense["replicate", "fsdp"] if r > 1 else views.of("fsdp", ranks, (1, 2)),
+        ep_outside=ep_outside,
         expert_shard_mesh=one
         if experts is None
         else experts["replicate", "ep_fsdp"]
         if r > 1
         else views.of("ep_fsdp", in_replica, (1,)),
     )
+
+
+def _experts_of_replicas(sizes: ParallelSizes, ep_outside: bool) -> torch.Tensor:
+    """[replicate, ep_fsdp, ep]: the ranks, each row of which holds all experts."""
+    shape = (sizes.dp_replicate, sizes.ep, -1) if ep_outside else (sizes.dp_replicate, -1, sizes.ep)
+    ranks = torch.arange(sizes.world_size).view(*shape)
+    return ranks.transpose(1, 2).contiguous() if ep_outside else ranks
 
 
 class _Views:
@@ -277,11 +299,14 @@ class _Views:
         self.device_type, self.world_size = device_type, world_size
         self.known: dict[tuple[tuple[int, ...], ...], Any] = {}
 
-    def mesh(self, dims: dict[str, int], keep: str) -> Any:
-        """A mesh of all ranks, of those dimensions that are larger than one and of `keep`, whose views become known."""
+    def mesh(self, dims: dict[str, int], keep: str, grid: torch.Tensor | None = None) -> Any:
+        """A mesh of all ranks, of those dimensions that are larger than one and of `keep`, whose views become known.
+
+        `grid` holds the ranks in these dimensions; None: in their order.
+        """
         dims = {name: size for name, size in dims.items() if size > 1 or name == keep}
-        mesh: Any = init_device_mesh(self.device_type, tuple(dims.values()), mesh_dim_names=tuple(dims))
-        grid = torch.arange(self.world_size).view(*dims.values())
+        grid = (torch.arange(self.world_size) if grid is None else grid).reshape(*dims.values())
+        mesh: Any = DeviceMesh(self.device_type, grid, mesh_dim_names=tuple(dims))
         for axis, name in enumerate(dims):
             self.known[_together(grid, (axis,))] = mesh[name] if len(dims) > 1 else mesh
         return mesh

@@ -16,7 +16,7 @@ def parallel_state(train: TrainConfig, plan: BatchPlan, device: torch.device) ->
     Weights and data have generators of their own.
     """
     sizes = train.parallel_sizes() | {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard}
-    state = init_parallel_state(**sizes, device_type=device.type)
+    state = init_parallel_state(**sizes, device_type=device.type, ep_outside=train.ep_outside)
     seed_ranks(train.seed, state)
     return state
 

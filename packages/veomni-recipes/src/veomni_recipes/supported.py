@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 from veomni_config import ConfigError, Problem, RecipeConfig
 
-_NOWHERE = ("train.ep_outside",)
 OMNI = (
-    *_NOWHERE,
     "data.data_type",
     "model.lora_config",
     "train.train_architecture",
     "train.enable_fused_loss",
     "train.tensor_parallel_size",
     "train.expert_parallel_size",
+    "train.ep_outside",
 )
 TEXT = (
-    *_NOWHERE,
     "train.eval_answers",
     "data.image_keys",
     "model.encoders",
@@ -30,7 +28,6 @@ TEXT = (
 DISTILL = (*TEXT, "train.enable_fused_loss", "train.tensor_parallel_size")
 DPO = (*DISTILL, "train.best_metric", "train.export_checkpoint")
 VISION_LANGUAGE = (
-    *_NOWHERE,
     "data.data_type",
     "model.encoders",
     "model.decoders",
