@@ -26,6 +26,19 @@ CONFIG = AutoConfig.for_model(
     head_dim=8,
     vocab_size=64,
 )
+MIXTURE = AutoConfig.for_model(
+    "qwen3_moe",
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=4,
+    num_experts_per_tok=2,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=64,
+)
 STEPS = 3
 
 
@@ -176,6 +189,49 @@ def test_two_ranks(
     lines = two_ranks.run(measure, mixture, sizes, mode, packing, fused, 1)
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
     check(lines[0], truth(mixture, packing), 2, packing)
+
+
+def load_of_experts(mixture: Path) -> tuple[dict[str, Any], list[list[int]]]:
+    """The line of a step of a model whose experts are spread, and the tokens that its routers gave each expert."""
+    state = init_parallel_state(dp_shard=2, ep=2, device_type="cpu")
+    torch.manual_seed(0)
+    model, progress = AutoModelForCausalLM.from_config(MIXTURE), Progress()
+    chosen = [torch.zeros(4, dtype=torch.int64) for _ in range(2)]
+
+    def count(layer: int, indices: torch.Tensor) -> None:
+        chosen[layer] += torch.bincount(indices.flatten(), minlength=4)
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.gate.register_forward_hook(lambda _, args, out, n=number: count(n, out[-1]))
+    meter = Meter(model, state, progress)
+    model = build_parallelize_model(model, state, mode="fsdp2")
+    loader = build_dataloader(
+        build_dataset(mixture, transform=encode),
+        dp_rank=state.dp.get_local_rank(),
+        dp_size=2,
+        micro_batch_size=1,
+        global_batch_size=4,
+        max_seq_len=32,
+        group=state.dp.get_group(),
+    )
+    meter.watch(model, loader)
+    lines = []
+    for micro_batches in progress.steps(loader, 1):
+        meter.begin(micro_batches)
+        for batch in micro_batches:
+            out = model(**batch, num_items_in_batch=1, use_cache=False)
+            out.loss.backward()
+            meter.add(out)
+        lines = meter.end(loss=torch.ones(()), grad_norm=torch.ones(()), lr=0.0)
+    return lines[0], [global_sum(each, state.dp).tolist() for each in chosen]
+
+
+def test_the_load_of_experts_is_that_of_the_routers(mixture: Path, two_ranks: Ranks) -> None:
+    (line, counts), _ = two_ranks.run(load_of_experts, mixture, timeout=200)
+    assert sum(counts[0]) == sum(counts[1]) == 2 * line["tokens"]
+    most = [max(layer) / (sum(layer) / 4) for layer in counts]
+    assert line["expert_load"] == pytest.approx(sum(most) / 2)
+    assert line["idle_experts"] == sum(layer.count(0) for layer in counts) / 8
 
 
 class Scalar:
