@@ -170,7 +170,8 @@ def test_a_recipe_of_ones_own_is_named_by_its_module(capsys: Capture, monkeypatc
     monkeypatch.delitem(sys.modules, "own_recipe", raising=False)
     assert main(["validate", "run.yaml", "--train.beta=2", "--recipe=own_recipe:Recipe"]) == 0
     assert main(["validate", "run.yaml", "--recipe=own_recipe:Nothing"]) == 2
-    assert "has no attribute 'Nothing'; allowed: text, omni, vl, dit, dpo, distill, infer, evaluate" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "has no attribute 'Nothing'; allowed: text, omni, vl, dit, dpo, distill, infer, evaluate" in told
 
 
 @pytest.mark.parametrize("text", ["raise RuntimeError('no')\n", "def\n", "import sys\nsys.exit(3)\n"])
