@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +63,29 @@ def test_wandb_writes_a_run_without_a_network(tmp_path: Path, monkeypatch: pytes
     files = [*(tmp_path / "wandb").glob("offline-run-*/*.wandb")]
     assert [ids[0] in file.name for file in files] == [True, True]
     assert b"train/losses/text" in files[0].read_bytes().replace(b"\x00", b"")
+
+
+def test_trackio_keeps_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    script = """
+import sys
+from pathlib import Path
+from veomni_config import RecipeConfig, parse_args
+from veomni_recipes.trackers import Trackers
+folder, step = Path(sys.argv[1]), int(sys.argv[2])
+more = [f"--train.output_dir={folder}", "--train.trackers=[trackio]", "--data.train_path=d", "--model.config_path=c"]
+trackers = Trackers(parse_args(RecipeConfig, more), folder, step=step, say=sys.exit)
+trackers.log({"step": step + 1, "losses": {"text": 0.5}})
+trackers.close()
+"""
+    where = os.environ | {"TRACKIO_DIR": str(tmp_path / "db")}  # read when it is imported
+    for step in ("0", "2"):
+        subprocess.run([sys.executable, "-c", script, tmp_path, step], env=where, check=True, timeout=120)
+    with closing(sqlite3.connect(tmp_path / "db" / "VeOmni.db")) as database:
+        rows = [*database.execute("select run_name, step, metrics from metrics order by step")]
+    name = (tmp_path / "trackio" / "run_name").read_text()
+    assert [(run, step) for run, step, _ in rows] == [(name, 1), (name, 3)]
+    assert [json.loads(numbers) for *_, numbers in rows] == [{"train/losses/text": 0.5}] * 2
 
 
 def test_a_tracker_that_is_not_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

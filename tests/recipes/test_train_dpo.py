@@ -73,11 +73,12 @@ def test_preferences_are_learnt_alike_on_two_ranks(
     layout: str, folder: Path, alone: dict[str, Any], tmp_path: Path, two_ranks: Ranks
 ) -> None:
     spread = two_ranks.run(run, "train_dpo", folder, "pairs", tmp_path, *LAYOUTS[layout])[0]
+    # a margin is a difference of sums of some hundred nats, of which float32 keeps five decimals
     for name in ("loss", "margin", "accuracy", "ranking", "grad_norm", "pairs"):
         got, want = ([line[name] for line in each["metrics"]] for each in (spread, alone))
-        assert got == pytest.approx(want, rel=1e-4, abs=1e-6), name
+        assert got == pytest.approx(want, rel=1e-4, abs=2e-5), name
     for name in ("loss", "margin", "accuracy", "ranking"):
-        assert spread["validation"][0][name] == pytest.approx(alone["validation"][0][name], rel=1e-4, abs=1e-6), name
+        assert spread["validation"][0][name] == pytest.approx(alone["validation"][0][name], rel=1e-4, abs=2e-5), name
     assert spread["validation"][0]["pairs"] == alone["validation"][0]["pairs"] == 7
 
 

@@ -248,15 +248,17 @@ class TrainConfig(Section):
     enable_compile: bool = Field(
         default=False, description="Whether the model's blocks are compiled by `torch.compile`."
     )
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         default=(),
-        description="Where metrics go besides `metrics.jsonl`: `tensorboard` (into the run folder), `wandb`. One that "
-        "fails is left out, the run goes on.",
+        description="Where metrics go besides `metrics.jsonl`: `tensorboard` (into the run folder), `wandb`, `trackio` "
+        "(into its own folder, which `TRACKIO_DIR` names). One that fails is left out, the run goes on.",
     )
     use_wandb: bool = Field(default=False, description="Whether `wandb` is one of the trackers.")
-    wandb_project: str = Field(default="VeOmni", min_length=1, description="Project of the run at Weights & Biases.")
+    wandb_project: str = Field(
+        default="VeOmni", min_length=1, description="Project of the run at Weights & Biases and Trackio."
+    )
     wandb_name: str | None = Field(
-        default=None, description="Name of the run at Weights & Biases; null lets it choose."
+        default=None, description="Name of the run at Weights & Biases and Trackio; null for one of its own."
     )
     bad_step: Literal["stop", "skip", "ignore"] = Field(
         default="stop",

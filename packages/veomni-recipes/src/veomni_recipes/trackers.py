@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides its own folder: TensorBoard, Weights & Biases."""
+"""Where the numbers of a run go besides its own folder: TensorBoard, Weights & Biases, Trackio."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Trackers:
         names = dict.fromkeys([*cfg.train.trackers, *(["wandb"] if cfg.train.use_wandb else [])] if on else [])
         self._open: dict[str, Tracker] = {}
         for name in names:
-            opening = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}[name]
+            opening = {"tensorboard": _open_tensorboard, "wandb": _open_wandb, "trackio": _open_trackio}[name]
             if (tracker := self._tried(name, partial(opening, cfg, folder, step))) is not None:
                 self._open[name] = tracker
 
@@ -142,6 +142,17 @@ class _Wandb:
         self._run.finish()
 
 
+class _Trackio:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({**numbers}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 def _open_tensorboard(cfg: RecipeConfig, folder: Path, step: int) -> Tracker:
     importlib.import_module("tensorboard")  # of which torch only says that something is not there
     from torch.utils.tensorboard import SummaryWriter
@@ -155,11 +166,7 @@ def _open_tensorboard(cfg: RecipeConfig, folder: Path, step: int) -> Tracker:
 def _open_wandb(cfg: RecipeConfig, folder: Path, step: int) -> Tracker:
     import wandb
 
-    # a run that goes on is the same run there, too
-    note = folder / "wandb" / "run_id"
-    note.parent.mkdir(exist_ok=True)
-    run_id = note.read_text(encoding="utf-8") if step and note.exists() else secrets.token_hex(4)
-    note.write_text(run_id, encoding="utf-8")
+    run_id = _same_when_going_on(folder / "wandb" / "run_id", secrets.token_hex(4), step)
     run = wandb.init(
         project=cfg.train.wandb_project,
         name=cfg.train.wandb_name,
@@ -171,6 +178,24 @@ def _open_wandb(cfg: RecipeConfig, folder: Path, step: int) -> Tracker:
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return _Wandb(run)
+
+
+def _open_trackio(cfg: RecipeConfig, folder: Path, step: int) -> Tracker:
+    import trackio
+
+    # it knows runs by their names
+    new = cfg.train.wandb_name or f"{folder.resolve().name}-{secrets.token_hex(2)}"
+    name = _same_when_going_on(folder / "trackio" / "run_name", new, step)
+    config = cfg.model_dump(mode="json")
+    return _Trackio(trackio.init(project=cfg.train.wandb_project, name=name, resume="allow", config=config))
+
+
+def _same_when_going_on(note: Path, new: str, step: int) -> str:
+    """What a tracker knows the run by: as noted if the run goes on from a step, else new, and noted."""
+    note.parent.mkdir(exist_ok=True)
+    known = note.read_text(encoding="utf-8") if step and note.exists() else new
+    note.write_text(known, encoding="utf-8")
+    return known
 
 
 def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
