@@ -178,7 +178,7 @@ def test_a_step_with_a_broken_picture_is_skipped_and_a_replay_names_sample_pictu
         made = replay_step(run, step)
         bad = [sample for sample in made.samples if math.isnan(sample.loss)]
         assert [sample.place for sample in bad] == [f"{data}:{POISONED}"]
-        assert bad[0].media == ["pixel_values"]
+        assert bad[0].notes == ["pixel_values"]
         assert len(made.found) == 2
         assert made.found[0].startswith("1 NaN of ")
         assert made.found[0].endswith("in pixel_values of the batch")

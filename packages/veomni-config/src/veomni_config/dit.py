@@ -48,7 +48,9 @@ class DitDataConfig(DataConfig):
         "a picture or video.",
     )
     eval_raw_path: str | None = Field(
-        default=None, description="What `prepare_dit` encodes into `data.eval_path`: lines with a prompt."
+        default=None,
+        description="What `prepare_dit` encodes into `data.eval_path`: lines with a prompt, which is drawn, and for "
+        "validations a picture or video.",
     )
     image_keys: str = Field(
         default="image", min_length=1, description="Field of a line that holds its picture; `video` one that moves."
@@ -115,10 +117,10 @@ class DitTrainConfig(TrainConfig):
             )
         return None
 
-    @rule("eval_steps", "eval_epochs", "eval_answers")
-    def _drawings_instead_of_validations(self) -> str | None:
-        if self.eval_steps or self.eval_epochs or self.eval_answers:
-            return "what a diffusion transformer draws is looked at, not validated: set sample_steps instead"
+    @rule("eval_answers")
+    def _drawings_instead_of_answers(self) -> str | None:
+        if self.eval_answers:
+            return "a diffusion transformer draws and does not answer: set sample_steps instead"
         return None
 
     @rule("rmpad_with_pos_ids")

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from veomni_ckpt import export_hf
-from veomni_parallel import ParallelState, Watchdog, count_targets
+from veomni_parallel import ParallelState, Watchdog
 
+from veomni_recipes.batch_counts import count_samples, count_targets, count_tokens
 from veomni_recipes.errors import TrainingError
-from veomni_recipes.meter import count_samples, count_tokens, peak_memory
+from veomni_recipes.meter import peak_memory
 from veomni_recipes.run_folder import write_json
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class BlackBox:
         }
         if self._state.rank == 0:
             plain: Any = self._model.module if hasattr(self._model, "module") else self._model  # of DDP, FSDP1
-            plain.config.save_pretrained(folder)
+            if hasattr(plain.config, "save_pretrained"):  # that of a transformer of diffusers is in config.yaml
+                plain.config.save_pretrained(folder)
         write_json(folder / f"{name}.json", about | self._facts | facts)
         return folder
 

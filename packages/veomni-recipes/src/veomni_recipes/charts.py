@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from veomni_recipes.evaluation import Answer
 
 
-def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, validations: Sequence[dict[str, Any]] = ()) -> None:
-    """Loss and learning rate over steps, from the lines of metrics.jsonl and, as points, validation.jsonl."""
+def draw_loss(
+    metrics: Sequence[dict[str, Any]],
+    path: Path,
+    validations: Sequence[dict[str, Any]] = (),
+    *,
+    unit: str = "nats a target token",
+) -> None:
+    """Loss in a unit and learning rate over steps, from the lines of metrics.jsonl and, as points, validation.jsonl."""
     from matplotlib.figure import Figure
 
     steps = [line["step"] for line in metrics]
@@ -25,7 +31,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, validations: Sequen
         axes.semilogy([v["step"] for v in validations], [v["loss"] for v in validations], "o-k", label="held-out data")
         axes.legend()
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a target token)", color="tab:blue")
+    axes.set_ylabel(f"loss ({unit})", color="tab:blue")
     axes.grid(alpha=0.3)
     rate = axes.twinx()
     rate.plot(steps, [line["lr"] for line in metrics], color="tab:orange", alpha=0.7)

@@ -101,7 +101,7 @@ def add_noise(
         sigma = (timestep.float() / steps).view(column)
         return (1 - sigma) * latents + sigma * noise, timestep, noise - latents
     timestep = (time * steps).long().clamp(max=steps - 1)
-    kept = scheduler.alphas_cumprod.to(latents.device, torch.float32)[timestep].view(column)
+    kept = scheduler.alphas_cumprod.to(latents.device, torch.float32, non_blocking=True)[timestep].view(column)
     signal, spread = kept.sqrt(), (1 - kept).sqrt()
     target = {
         "epsilon": noise,
@@ -142,10 +142,14 @@ def shift_exponent(config: Mapping[str, Any], tokens: int) -> float:
 def drop_conditions(
     conditions: Mapping[str, Tensor], unconditional: Mapping[str, Tensor], dropped: Tensor
 ) -> dict[str, Tensor]:
-    """Conditions [B, ...] with those of no wish at all, [...], in place of the dropped ones (bool [B])."""
+    """Conditions [B, ...] with those of no wish at all, [...], in place of the dropped ones (bool [B], on the CPU)."""
     if not dropped.any():
         return dict(conditions)
     return {
-        name: torch.where(dropped.view(-1, *[1] * (value.dim() - 1)), unconditional[name].to(value), value)
+        name: torch.where(
+            dropped.to(value.device, non_blocking=True).view(-1, *[1] * (value.dim() - 1)),
+            unconditional[name].to(value),
+            value,
+        )
         for name, value in conditions.items()
     }

@@ -60,9 +60,16 @@ def shape_of(sample: Sample) -> tuple[int, ...]:
 def stack_samples(samples: Sequence[Sample]) -> Batch:
     """Samples of one shape as a batch: `latents` [B, ...], the conditions [B, ...], `ids` and `tokens` of them all.
 
+    Of no samples, as on a rank that has run dry of held-out ones, it is empty.
+
     Raises:
-        DataError: shapes differ.
+        DataError: shapes differ, or a sample is a prompt alone.
     """
+    if not samples:
+        return {}
+    for sample in samples:
+        if "latents" not in sample:
+            raise DataError(f"{sample['prompt']!r} is a prompt without latents, which can be drawn but not learnt from")
     shapes = {shape_of(sample) for sample in samples}
     if len(shapes) != 1:
         text = " and ".join(str(list(shape)) for shape in sorted(shapes))

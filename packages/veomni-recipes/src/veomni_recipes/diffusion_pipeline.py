@@ -95,15 +95,19 @@ def load_transformer(model: nn.Module, folder: Path | None, device: torch.device
 
     Adapters are left alone; without a folder all weights are.
     """
-    if folder is None:
-        return
-    with without_adapters(model):
-        saved = model.state_dict().keys()
-        computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-        load_pretrained(model, folder / "transformer", device=device)
-        for name, buffer in model.named_buffers():  # memory for what was on meta is new memory for all
-            if name in computed:
-                buffer.copy_(computed[name])
+    if folder is not None:
+        with without_adapters(model):
+            fill_transformer(model, folder / "transformer", device)
+
+
+def fill_transformer(model: nn.Module, folder: Path, device: torch.device) -> None:
+    """Fill a transformer, sharded or not, with the weights in a folder, those of adapters too if it has any."""
+    saved = model.state_dict().keys()
+    computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    load_pretrained(model, folder, device=device)
+    for name, buffer in model.named_buffers():  # memory for what was on meta is new memory for all
+        if name in computed:
+            buffer.copy_(computed[name])
 
 
 def load_scheduler(model: DitModelConfig) -> Any:

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from veomni_models import ModelError, flops_per_step, mfu
 from veomni_models.token_losses import TokenLosses, keep_token_losses
 from veomni_parallel import ParallelState, tokens_per_expert
 
+from veomni_recipes.batch_counts import count_samples, count_targets, count_tokens
 from veomni_recipes.distributed import world_size
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Meter:
         state: of the run.
         progress: whose tokens are counted.
         recompute: whether activations are computed again in backward, which counts as work.
+        flops: (model, batch, recompute=...) -> operations of forward and backward; called with a copy of the model on
+            the meta device.
         delay: steps after which a step's numbers are read; None: 0 on the CPU, else 1.
     """
 
@@ -61,10 +64,11 @@ class Meter:
         progress: Progress,
         *,
         recompute: bool = False,
+        flops: Callable[..., float] = flops_per_step,
         delay: int | None = None,
     ) -> None:
         self._state, self._progress, self._device = state, progress, state.device
-        self._flops = partial(flops_per_step, _without_weights(model), recompute=recompute)
+        self._flops = partial(flops, _without_weights(model), recompute=recompute)
         self._delay = delay if delay is not None else int(self._device.type != "cpu")
         self._losses: TokenLosses | None = None
         self._model: nn.Module | None = None
@@ -93,7 +97,7 @@ class Meter:
         own = float(self._counts)
         self._sums: dict[Name, float] = {
             "tokens": own * count_tokens(micro_batches),
-            "targets": own * sum(int((batch["shift_labels"] != -100).sum()) for batch in micro_batches),
+            "targets": own * count_targets(micro_batches),
             "samples": own * sum(map(count_samples, micro_batches)),
             "flops": 0.0,
         }
@@ -238,22 +242,6 @@ class _Pending:
         if self._there is not None:
             self._there.synchronize()
         return dict(zip(self._names, self._values.tolist(), strict=True))
-
-
-def count_tokens(micro_batches: Sequence[Batch]) -> int:
-    """Tokens of this rank's micro-batches, without padding."""
-    return sum(
-        int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in micro_batches
-    )
-
-
-def count_samples(batch: Batch) -> int:
-    """Samples of a micro-batch: segments of a packed row, or rows."""
-    if "cu_seq_lens_q" in batch:
-        return len(batch["cu_seq_lens_q"]) - 1
-    if "attention_mask" in batch:
-        return len(batch["input_ids"])
-    return int((batch["position_ids"].reshape(-1, batch["input_ids"].shape[-1])[0] == 0).sum())
 
 
 def source_of_tokens(batch: Batch, samples: Sequence[tuple[str, int]], names: Sequence[str]) -> Tensor:

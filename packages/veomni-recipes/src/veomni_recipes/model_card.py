@@ -15,7 +15,17 @@ from veomni_recipes.report import figures
 from veomni_recipes.run_folder import VALIDATION, read_json, read_metrics
 from veomni_recipes.validation import BEST
 
-_PICTURES = {"loss.png": "Loss over steps", "predictions.png": "Answers to held-out questions"}
+_PICTURES = {
+    "loss.png": "Loss over steps",
+    "predictions.png": "Answers to held-out questions",
+    "samples.png": "Drawings of held-out prompts",
+}
+_DRAWS = {"DiTPipeline": "unconditional-image-generation", "WanPipeline": "text-to-video"}  # the others: text-to-image
+_ASKED = {
+    "unconditional-image-generation": "pictures of classes",
+    "text-to-image": "what a prompt asks for",
+    "text-to-video": "videos of what a prompt asks for",
+}
 _CARD = """{front}
 # {name}
 
@@ -41,7 +51,7 @@ Paths are shortened to their last part.
 """
 
 
-def write_card(folder: Path, cfg: RecipeConfig, recipe: str) -> None:
+def write_card(folder: Path, cfg: RecipeConfig, recipe: str, *, pipeline: str | None = None) -> None:
     """Write `README.md`, with its pictures beside it, into the `hf_ckpt/` of a run, if that has one.
 
     Its metadata are those of a Hugging Face model card: task, library, base model and data if they are of the hub, and
@@ -51,6 +61,7 @@ def write_card(folder: Path, cfg: RecipeConfig, recipe: str) -> None:
         folder: of the run, whose metrics, summary and pictures are there.
         cfg: of the run.
         recipe: its name.
+        pipeline: of a transformer of diffusers, the class that draws with it.
     """
     exported = folder / "hf_ckpt"
     if not exported.is_dir():
@@ -70,16 +81,15 @@ def write_card(folder: Path, cfg: RecipeConfig, recipe: str) -> None:
         numbers["best checkpoint"] = f"step {best['step']:,} ({named}){chosen}"
     numbers["data"] = _short(cfg.data.train_path)
     table += [f"| {name} | {value} |" for name, value in numbers.items()]
-    task = _task(cfg)
-    text = task == "text-generation"
+    task = _DRAWS.get(pipeline, "text-to-image") if pipeline else _task(cfg)
     name = folder.resolve().name
     content = _CARD.format(
         front="---\n" + _metadata(cfg, folder, task, summary, validations).to_yaml() + "\n---\n",
         name=name,
-        about=_about(cfg, summary),
+        about=_about(cfg, summary, task),
         recipe=recipe,
-        use_language="python" if text else "bash",
-        use=_USE_TEXT if text else _USE_MEDIA,
+        use_language="python" if pipeline or task == "text-generation" else "bash",
+        use=_use(cfg, task, pipeline),
         table="\n".join(table),
         pictures="\n".join(shown),
         config=yaml.safe_dump(_shortened(cfg.model_dump(mode="json", exclude_defaults=True)), sort_keys=False),
@@ -94,6 +104,36 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
 _USE_MEDIA = 'veomni ask picture.png "What is this?" --run path/to/this/folder'
+_USE_CLASSES = """from veomni_recipes.diffusion_sampling import sample
+
+(frames,) = sample("path/to/this/folder", ["{label}"])
+frames[0].save("drawing.png")"""
+_USE_PIPELINE = """from diffusers import {pipeline}
+{video}
+pipeline = {pipeline}.from_pretrained("{folder}")
+{adapters}drawn = pipeline({asked})
+{save}"""
+
+
+def _use(cfg: RecipeConfig, task: str, pipeline: str | None) -> str:
+    """How the model is asked."""
+    if pipeline is None:
+        return _USE_TEXT if task == "text-generation" else _USE_MEDIA
+    labels, here = getattr(cfg.model, "labels", ()), "path/to/this/folder"
+    if cfg.model.model_path is None:  # its latents are pixels, and diffusers' pipeline has a VAE
+        return _USE_CLASSES.format(label=labels[0] if labels else "")
+    lora = cfg.train.train_architecture == "lora"
+    save = 'drawn.images[0].save("drawing.png")'
+    if task == "text-to-video":
+        save = 'export_to_video(drawn.frames[0], "drawing.mp4")'
+    return _USE_PIPELINE.format(
+        pipeline=pipeline,
+        folder=_short(str(cfg.model.model_path)) if lora else here,
+        adapters=f'pipeline.load_lora_weights("{here}")\n' if lora else "",
+        asked="[0]" if pipeline == "DiTPipeline" else '"a red flower"',
+        video="from diffusers.utils import export_to_video\n" if task == "text-to-video" else "",
+        save=save,
+    )
 
 
 def _task(cfg: RecipeConfig) -> str:
@@ -109,8 +149,12 @@ def _reads(cfg: RecipeConfig) -> list[str]:
     return ["image"] if isinstance(cfg, VLRecipeConfig) else [*cfg.model.encoders]
 
 
-def _about(cfg: RecipeConfig, summary: Mapping[str, Any]) -> str:
+def _about(cfg: RecipeConfig, summary: Mapping[str, Any], task: str) -> str:
     size = f"A model of {summary['parameters']:,} parameters" if "parameters" in summary else "A model"
+    if task in _ASKED:
+        adapters = cfg.train.train_architecture == "lora" and "trained_parameters" in summary
+        learnt = f", of which {summary['trained_parameters']:,} in adapters were trained," if adapters else ""
+        return f"{size}{learnt} that draws {_ASKED[task]}."
     reads = ", ".join(f"{kind}s" for kind in _reads(cfg))
     does = f" that reads {reads}" if reads else ""
     draws = (" and draws" if reads else " that draws") if cfg.model.decoders else ""
@@ -135,9 +179,9 @@ def _metadata(
     base = cfg.model.model_path
     adapters = cfg.train.train_architecture == "lora"
     return ModelCardData(
-        library_name="transformers",
+        library_name="diffusers" if task in _ASKED else "transformers",
         pipeline_tag=task,
-        tags=["veomni", *(["lora"] if adapters else [])],
+        tags=["veomni", *(["lora"] if adapters else []), *(["class-conditional"] if task.startswith("uncond") else [])],
         base_model=str(base) if base is not None and _of_the_hub(str(base)) else None,
         datasets=[cfg.data.train_path] if _of_the_hub(cfg.data.train_path) else None,
         model_name=folder.resolve().name if results else None,

@@ -35,8 +35,6 @@ class Progress:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        self._began = self._last = time.monotonic()
-        self._new_tokens = 0
         self.data_wait = 0.0
 
     def steps(self, loader: DataLoader, limit: int) -> Iterator[list[Batch]]:
@@ -58,19 +56,6 @@ class Progress:
         """The next epoch is on."""
         self.epoch, self.epoch_step = self.epoch + 1, 0
         loader.set_epoch(self.epoch)
-
-    def measure(self, *, tokens: int, **values: Any) -> dict[str, Any]:
-        """Count a step's tokens and return its line of metrics; call it once a step."""
-        now, before = time.monotonic(), self._last
-        self._last = now
-        self.tokens, self._new_tokens = self.tokens + tokens, self._new_tokens + tokens
-        speed = {"tokens_per_second": tokens / (now - before), "seconds": now - before}
-        return {"step": self.step, "epoch": self.epoch, **values, "tokens": tokens, **speed}
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of all ranks together, on average since this process began to train."""
-        return self._new_tokens / max(1e-9, self._last - self._began)
 
     def state(self, loader: DataLoader, **parts: Any) -> dict[str, Any]:
         """All of a run but its model and optimizer, as a checkpoint's `extra_state`; every rank gets the same.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from veomni_ckpt import CheckpointError, CheckpointManager
-from veomni_data import DataDescription, DataError, build_pipeline, read_ledger
+from veomni_ckpt import CheckpointError
+from veomni_config import ConfigError
+from veomni_data import DataError
 from veomni_data import replay as replay_rows
-from veomni_models import ModelError, OmniConfig, OmniModel, build_foundation_model, is_omni_folder, register_omni_model
-from veomni_parallel import build_parallelize_model, count_targets, init_parallel_state
+from veomni_models import ModelError
 
-from veomni_recipes.black_box import FOLDER, WEIGHTS, read_boxes, set_random_states
+from veomni_recipes.batch_counts import count_targets, count_tokens
+from veomni_recipes.black_box import FOLDER, read_boxes, set_random_states
 from veomni_recipes.distributed import to_device
 from veomni_recipes.errors import TrainingError
 from veomni_recipes.launch import USER_ERROR
-from veomni_recipes.multimodal_data import rope_positions
-
-_MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "target_pixel_values")
+from veomni_recipes.rerun import open_rerun
 
 
 @dataclass
@@ -36,7 +35,7 @@ class ReplayedSample:
         rank: that was given it.
         place: its file and line.
         tokens, targets: how many.
-        media: tensors of pictures, videos and sounds that it has, by their names.
+        notes: the names of its tensors of pictures, videos and sounds; of latents, prompt and time.
         loss: mean over its targets, nats.
     """
 
@@ -44,7 +43,7 @@ class ReplayedSample:
     place: str
     tokens: int
     targets: int
-    media: list[str]
+    notes: list[str]
     loss: float
 
 
@@ -89,39 +88,33 @@ def replay_step(run: Path, step: int | None = None) -> Replayed:
         raise TrainingError(f"{run} has no {FOLDER} of step {step}: there is {', '.join(map(str, boxes))}")
     box, folder = boxes[step], run / FOLDER / f"step_{step}"
     device = torch.device(torch.accelerator.current_accelerator() or "cpu") if _accelerated() else torch.device("cpu")
-    plain, weights = _load_model(run, folder, step, device)
-    if _computes_in_bfloat16(run):
-        model = build_parallelize_model(plain, init_parallel_state(device_type=device.type), mixed_precision="bf16")
-    else:
-        model = build_parallelize_model(plain, init_parallel_state(device_type=device.type))
-
-    register_omni_model()  # so that its processor is one for transformers
-    description = read_ledger(run).manifest["description"]
-    pipeline = build_pipeline(DataDescription.from_dict(description))
-    if pipeline.processor is not None and not isinstance(plain, OmniModel):  # whose samples have the model's positions
-        encode: Any = pipeline.transform
-        pipeline = replace(pipeline, transform=partial(encode, position_ids=rope_positions(plain.config)))
-    made = Replayed(step, box[0]["reason"], weights)
+    again = open_rerun(run, folder, step, box[0]["dp_rank"], device)
+    model = again.model
+    made = Replayed(step, box[0]["reason"], again.weights)
     targets = sum(b["targets"] for each in _one_of_each_row(box) for b in each["micro_batches"])
     for each in _one_of_each_row(box):
         rank = each["rank"]
-        settings = read_ledger(run).find(step, each["dp_rank"])[0].settings
-        collate = pipeline.collator(settings["packing"])
+        loss_of = partial(again.loss, arguments=each["arguments"])
         by_row: Any = list  # the samples as they are, in place of a batch
-        rows: list[Any] = replay_rows(pipeline.dataset(), run, step, each["dp_rank"], collate=by_row)
+        rows: list[Any] = replay_rows(again.dataset, run, step, each["dp_rank"], collate=by_row)
         set_random_states(torch.load(folder / f"rank_{rank}.rng.pt", weights_only=True), device)
         made.losses[rank] = 0.0
         for samples in rows:
-            batch = to_device(collate(samples), device)
+            batch = to_device(again.collate(samples), device)
             with first_nonfinite(model, batch) as found:
-                loss = model(**batch, num_items_in_batch=targets, use_cache=False, **each["arguments"]).loss
+                loss = loss_of(batch, targets)
                 loss.backward()
             made.losses[rank] += loss.item()
             made.found = made.found or found
         model.zero_grad()
         for samples, places in zip(rows, each["samples"], strict=True):
             for sample, place in zip(samples, places, strict=True):
-                made.samples.append(_alone(model, collate, sample, rank, place, each["arguments"], device))
+                batch = again.collate([dict(sample)])
+                own = count_targets([batch])
+                with torch.no_grad():
+                    loss = loss_of(to_device(batch, device), max(1, own))
+                tokens, notes = count_tokens([batch]), again.notes(sample)
+                made.samples.append(ReplayedSample(rank, place, tokens, own, notes, float(loss)))
     return made
 
 
@@ -129,7 +122,7 @@ def replay_run(run: Path, step: int | None) -> int:
     """Print what a replay finds: the command `veomni replay`; returns the exit code."""
     try:
         made = replay_step(run, step)
-    except (TrainingError, DataError, ModelError, CheckpointError) as error:
+    except (TrainingError, ConfigError, DataError, ModelError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return USER_ERROR
     for line in describe(made):
@@ -145,8 +138,8 @@ def describe(made: Replayed) -> Iterator[str]:
         yield f"rank {rank}: its rows add {loss:.6g} to the loss of the step"
         yield f"  {'loss':>10}  {'targets':>7}  {'tokens':>7}  sample"
         for each in sorted((s for s in made.samples if s.rank == rank), key=_worst_first):
-            with_media = f" ({', '.join(each.media)})" if each.media else ""
-            yield f"  {each.loss:>10.4g}  {each.targets:>7,}  {each.tokens:>7,}  {each.place}{with_media}"
+            notes = f" ({', '.join(each.notes)})" if each.notes else ""
+            yield f"  {each.loss:>10.4g}  {each.targets:>7,}  {each.tokens:>7,}  {each.place}{notes}"
     yield "not finite, in the order of computing:" if made.found else "all is finite in this replay"
     yield from (f"  {each}" for each in made.found)
 
@@ -193,59 +186,9 @@ def _note(found: list[str], where: str, values: Any) -> None:
         return
 
 
-def _alone(
-    model: nn.Module,
-    collate: Callable[[list[Any]], dict[str, Any]],
-    sample: Mapping[str, Any],
-    rank: int,
-    place: str,
-    arguments: Mapping[str, Any],
-    device: torch.device,
-) -> ReplayedSample:
-    batch = collate([dict(sample)])
-    targets = count_targets([batch])
-    with torch.no_grad():
-        on_device = to_device(batch, device)
-        loss = model(**on_device, num_items_in_batch=max(1, targets), use_cache=False, **arguments).loss
-    media = [key for key in _MEDIA if key in sample]
-    return ReplayedSample(rank, place, batch["input_ids"].numel(), targets, media, float(loss))
-
-
-def _load_model(run: Path, folder: Path, step: int, device: torch.device) -> tuple[Any, str]:
-    """The model with the weights of the step, or of the newest checkpoint before it; and which these are."""
-    omni = is_omni_folder(folder)
-    if (folder / WEIGHTS).is_dir():
-        if omni:
-            model: Any = OmniModel.from_pretrained(folder / WEIGHTS).to(device).train()
-        else:
-            model = build_foundation_model(folder / WEIGHTS, folder / WEIGHTS, init_device=str(device))
-        return model, f"those of the step ({folder / WEIGHTS})"
-    manager = CheckpointManager(run / "checkpoints")
-    saved = [int(path.name.removeprefix("global_step_")) for path in manager.folder.glob("global_step_*")]
-    before = [number for number in saved if number < step]
-    if not before:
-        raise TrainingError(
-            f"{folder} has no {WEIGHTS}, as its ranks could not save them together, and {manager.folder} has no "
-            f"checkpoint before step {step}: there is nothing to run it with"
-        )
-    if omni:
-        model = OmniModel(OmniConfig.from_pretrained(folder)).to(device).train()
-    else:
-        model = build_foundation_model(folder, init_device=str(device))
-    manager.load(max(before), model)
-    return model, f"those of the checkpoint of step {max(before)}, {step - 1 - max(before)} steps before this one began"
-
-
 def _one_of_each_row(box: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """One rank of those that share their rows."""
     return [*{each["dp_rank"]: each for each in reversed(box)}.values()][::-1]
-
-
-def _computes_in_bfloat16(run: Path) -> bool:
-    import yaml
-
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return bool(config["train"].get("enable_mixed_precision", True))
 
 
 def _accelerated() -> bool:

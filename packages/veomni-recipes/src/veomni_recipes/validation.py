@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class Validation:
         train_data: whose samples are made in the same way.
         model: wrapped.
         state: of the run.
-        pad_token_id: of rows.
+        pad_token_id: of rows of tokens.
+        rows: how held-out samples that are no tokens become micro-batches, as arguments of `build_dataloader`.
+        measure: (loader) -> figures of the held-out data, with their `loss`; None: `held_out_loss`.
         answer: gives the accuracies of answers to so many questions; for recipes whose data have answers.
         weights: in its context the model has the weights that are validated, such as averaged ones.
         arguments: what the model is called with besides a batch.
@@ -48,13 +51,16 @@ class Validation:
         model: nn.Module,
         state: ParallelState,
         *,
-        pad_token_id: int,
+        pad_token_id: int = 0,
+        rows: Mapping[str, Any] | None = None,
+        measure: Callable[[Any], dict[str, Any]] | None = None,
         answer: Callable[[int], dict[str, float]] | None = None,
         weights: Callable[[], AbstractContextManager[None]] = nullcontext,
         **arguments: Any,
     ) -> None:
-        self._train, self._model, self._state, self._pad = cfg.train, model, state, pad_token_id
-        self._answer, self._weights, self._arguments = answer, weights, arguments
+        self._train, self._state, self._answer, self._weights = cfg.train, state, answer, weights
+        tokens = partial(held_out_loss, model, state=state, pad_token_id=pad_token_id, arguments=arguments)
+        self._measure = measure or tokens
         self._loader: Any = None
         self._best: dict[str, Any] = {}
         self._replaced: int | None = None
@@ -71,11 +77,11 @@ class Validation:
             global_batch_size=cfg.train.micro_batch_size * state.dp.size(),
             max_seq_len=cfg.data.max_seq_len,
             packing=cfg.train.dyn_bsz,
-            collate=(PackingCollator if packed else PaddingCollator)(pad_token_id),
             drop_last=False,
             group=state.dp.get_group(),
             too_long=cfg.data.too_long,
             max_skipped=cfg.data.max_skipped,
+            **(rows or {"collate": (PackingCollator if packed else PaddingCollator)(pad_token_id)}),
         )
 
     def after_step(self, progress: Progress) -> dict[str, Any] | None:
@@ -93,8 +99,7 @@ class Validation:
     def _run(self, progress: Progress) -> dict[str, Any]:
         began = time.monotonic()
         with self._weights():
-            loss, targets = held_out_loss(self._model, self._loader, self._state, self._pad, self._arguments)
-            figures = {"step": progress.step, "epoch": progress.epoch, "loss": loss, "targets": targets}
+            figures = {"step": progress.step, "epoch": progress.epoch, **self._measure(self._loader)}
             if self._train.eval_answers and self._answer is not None:
                 accuracies = self._answer(self._train.eval_answers)
                 figures |= {"accuracy": accuracies.pop("all_accuracy"), **accuracies}
@@ -138,8 +143,8 @@ class Validation:
 @torch.no_grad()
 def held_out_loss(
     model: nn.Module, loader: Any, state: ParallelState, pad_token_id: int, arguments: Mapping[str, Any] = {}
-) -> tuple[float, int]:
-    """The mean loss over all targets of a loader's data, and how many these are. Every rank calls it.
+) -> dict[str, Any]:
+    """The mean `loss` over all `targets` of a loader's data, and how many these are. Every rank calls it.
 
     Args:
         model: wrapped; it is evaluated without dropout, and trains as before afterwards.
@@ -162,7 +167,7 @@ def held_out_loss(
                 )
                 total += model(**batch, num_items_in_batch=1, use_cache=False, **arguments).loss.double()
     targets = global_sum(targets, state.dp)
-    return global_sum(total, state.loss).item() / max(1, targets), targets
+    return {"loss": global_sum(total, state.loss).item() / max(1, targets), "targets": targets}
 
 
 @contextmanager

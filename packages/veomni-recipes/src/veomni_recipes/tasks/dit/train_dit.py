@@ -8,14 +8,12 @@ package. To change something, copy the file (it runs from anywhere) and change i
 
 from __future__ import annotations
 
-import math
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from veomni_ckpt import CheckpointError, CheckpointManager, StopSignals
 from veomni_config import ConfigError, DitRecipeConfig, dump_config, parse_args
 from veomni_data import DataError, build_dataloader, build_dataset
@@ -23,8 +21,6 @@ from veomni_models import ModelError, add_adapters, initialize_adapters
 from veomni_parallel import (
     ParallelError,
     ParallelPlan,
-    ParallelState,
-    Watchdog,
     build_parallelize_model,
     clip_grad_norm_,
     global_sum,
@@ -32,10 +28,14 @@ from veomni_parallel import (
     loss_scale,
 )
 
+from veomni_recipes.batch_counts import count_targets
+from veomni_recipes.black_box import BlackBox
 from veomni_recipes.charts import draw_loss
+from veomni_recipes.data_checks import sizes_that_differ
+from veomni_recipes.denoising import Denoising, measure_held_out, refuse_prompts_alone
 from veomni_recipes.determinism import make_deterministic
-from veomni_recipes.diffusion import add_noise, draw, drop_conditions, noise_shift
-from veomni_recipes.diffusion_data import conditions_of, read_sample, read_unconditional, shape_of, stack_samples
+from veomni_recipes.diffusion_data import read_sample, read_unconditional, shape_of, stack_samples
+from veomni_recipes.diffusion_flops import DiffusionFlops
 from veomni_recipes.diffusion_pipeline import (
     build_transformer,
     export_adapters,
@@ -51,16 +51,20 @@ from veomni_recipes.diffusion_transformers import count_latent_tokens, family_of
 from veomni_recipes.distributed import barrier, init_distributed, rank, to_device, world_size
 from veomni_recipes.ema import ema_weights, update_ema
 from veomni_recipes.errors import TrainingError
+from veomni_recipes.guard import Guard
 from veomni_recipes.launch import ends_with_one_sentence, note_stop, seconds_since_launch
 from veomni_recipes.layout import offloading, parallel_state, wrapping
 from veomni_recipes.memory import tidied_together
+from veomni_recipes.meter import Meter
+from veomni_recipes.model_card import write_card
 from veomni_recipes.optimization import build_optimizer, learning_rate, set_learning_rate
 from veomni_recipes.profiling import traced
 from veomni_recipes.progress import Display, Progress
-from veomni_recipes.run_folder import open_run_folder, read_metrics, say_goodbye, write_json
+from veomni_recipes.run_folder import VALIDATION, open_run_folder, read_metrics, say_goodbye, write_json
 from veomni_recipes.supported import refuse_without_effect
 from veomni_recipes.trackers import StepLog
-from veomni_recipes.training_data import left_out
+from veomni_recipes.training_data import SKIPPED, left_out
+from veomni_recipes.validation import Validation
 
 WITHOUT_EFFECT = (
     *("data.datasets_type", "data.columns", "data.chat_template", "data.source_name"),
@@ -68,25 +72,25 @@ WITHOUT_EFFECT = (
     *("model.encode_target", "model.moe_implementation", "model.attn_implementation"),
     *("train.vit_lr", "train.balance_ranks", "train.dyn_bsz_count_mode", "train.dyn_bsz_margin"),
     *("train.bsz_warmup_ratio", "train.expert_parallel_size", "train.ep_outside", "train.enable_fused_loss"),
-    *("train.bad_step", "train.spike_sigma", "train.best_metric", "train.export_checkpoint"),
 )
 
 
-def build_model(cfg: DitRecipeConfig, state: ParallelState, base: Path | None) -> nn.Module:
-    """The transformer over ranks: drawn by the seed, or meta -> sharded -> weights, so that no rank holds all of it."""
-    config, on_meta = transformer_config(cfg.model), cfg.train.init_device == "meta"
-    model = build_transformer(config, seed=cfg.train.seed, on_meta=on_meta)
-    if not on_meta:
-        load_transformer(model, base, state.device)
+def build_model(cfg: DitRecipeConfig, config: dict[str, Any], base: Path | None, device: torch.device) -> nn.Module:
+    """The transformer of diffusers, on meta or with its weights, with adapters if these are to learn."""
+    model = build_transformer(config, seed=cfg.train.seed, on_meta=cfg.train.init_device == "meta")
+    if cfg.train.init_device != "meta":
+        load_transformer(model, base, device)
     if cfg.train.train_architecture == "lora":
         add_adapters(model, cfg.model.lora_config)
-    units = ParallelPlan(shard_units=cfg.model.basic_modules or None, no_shard=family_of(config["_class_name"]).whole)
-    model = build_parallelize_model(model, state, plan=units, **wrapping(cfg.train))
-    if on_meta:
-        load_transformer(model, base, state.device)
-    if cfg.train.train_architecture == "lora":
-        initialize_adapters(getattr(model, "module", model), cfg.train.seed, state.device)
     return model
+
+
+def fill_model(model: nn.Module, cfg: DitRecipeConfig, base: Path | None, device: torch.device) -> None:
+    """Give a sharded transformer that was built on meta its weights, and draw its adapters."""
+    if cfg.train.init_device == "meta":
+        load_transformer(model, base, device)
+    if cfg.train.train_architecture == "lora":
+        initialize_adapters(getattr(model, "module", model), cfg.train.seed, device)
 
 
 @ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError)
@@ -110,10 +114,18 @@ def main(argv: list[str] | None = None) -> None:
     total_steps = steps_per_epoch * cfg.train.num_train_epochs
     state = parallel_state(cfg.train, plan, device)
 
-    model = build_model(cfg, state, base)
+    # model: meta -> sharded -> weights, so that no rank ever holds all of it; or with its weights, then sharded
+    model = build_model(cfg, config, base, device)
     parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    progress = Progress()
+    recompute = cfg.train.enable_gradient_checkpointing
+    meter = Meter(model, state, progress, recompute=recompute, flops=DiffusionFlops(config))
+    units = ParallelPlan(shard_units=cfg.model.basic_modules or None, no_shard=family.whole)
+    model = build_parallelize_model(model, state, plan=units, **wrapping(cfg.train))
+    fill_model(model, cfg, base, device)
     predict = partial(family.predict, model, config)
+    denoising = Denoising(predict, scheduler, unconditional, cfg.model.embedded_guidance, cfg.train)
     optimizer = build_optimizer(
         model,
         lr=cfg.train.lr,
@@ -132,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     barrier()
 
     # rows of pictures of one size, as many as have max_seq_len latent tokens together
+    rows: dict[str, Any] = {"collate": stack_samples, "bucket": shape_of if cfg.train.dyn_bsz else None}
     loader = build_dataloader(
         train_data,
         dp_rank=state.dp.get_local_rank(),
@@ -140,101 +153,106 @@ def main(argv: list[str] | None = None) -> None:
         global_batch_size=plan.global_batch_size,
         max_seq_len=cfg.data.max_seq_len,
         packing=cfg.train.dyn_bsz,
-        bucket=shape_of if cfg.train.dyn_bsz else None,
         buffer_size=cfg.train.dyn_bsz_buffer_size,
         num_workers=cfg.data.num_workers,
         prefetch_factor=cfg.data.prefetch_factor,
         pin_memory=cfg.data.pin_memory,
-        collate=stack_samples,
         seed=cfg.train.seed,
         group=state.dp.get_group(),
         max_skipped=cfg.data.max_skipped,
-        skipped_path=folder / "skipped.jsonl",
+        skipped_path=folder / SKIPPED,
         ledger=folder / "ledger",
+        **rows,
     )
     stop, stopped = StopSignals().listen(), False
     checkpoints = CheckpointManager(
-        folder / "checkpoints", keep_last=cfg.train.keep_last, async_save=cfg.train.save_async
+        folder / "checkpoints",
+        keep_last=cfg.train.keep_last,
+        async_save=cfg.train.save_async,
+        trainable_only=cfg.train.train_architecture == "lora",
     )
-    progress = Progress()
-    if resume_from is not None:
-        saved = checkpoints.load(resume_from, model, optimizer)
-        if saved is not None:
-            progress.restore(saved, loader)
-    drawings = None
+    black_box = BlackBox(folder, loader, state, model)
+    guard = Guard(cfg.train, black_box)
+
+    # held-out data: prompts are drawn, and latents are validated on
+    drawings, averaged = None, partial(ema_weights, optimizer)
     if cfg.data.eval_path is not None:
         decoder = load_encoders(base, config, cfg.model.labels, device, only_vae=True)
         prompts = build_dataset(cfg.data.eval_path, transform=encoded)
+        refuse_prompts_alone(cfg, prompts[0])
         drawings = Drawings(cfg, model, config, scheduler, unconditional, state, decoder, prompts)
+    measure = partial(measure_held_out, denoising, model, state)
+    validation = Validation(cfg, train_data, model, state, rows=rows, measure=measure, weights=averaged)
+    if resume_from is not None:
+        saved = checkpoints.load(resume_from, model, optimizer)
+        if saved is not None:
+            progress.restore(saved, loader, guard=guard, validation=validation)
+
+    def save() -> None:
+        log.write(meter.flush())
+        checkpoints.save(progress.step, model, optimizer, progress.state(loader, guard=guard, validation=validation))
+        if validation.is_best:
+            validation.keep_best(checkpoints)
+
     display = Display(total_steps, progress.step, shown=first)
     log = StepLog(cfg, progress.step, display, on=first)
-    display.say(f"{parameters:,} parameters, of which {trained:,} learn; {state.describe()}")
+    display.say(f"{parameters:,} parameters, of which {learnt:,} learn; {state.describe()}")
+    if first:
+        display.say(sizes_that_differ(train_data, cfg))
     display.say(f"{total_steps} steps of {plan.tokens_per_step:,} latent tokens, {plan.accumulation} batches a rank")
     startup = seconds_since_launch()
+    meter.watch(model, loader)
 
-    with ExitStack() as around:
-        trace = around.enter_context(traced(cfg.train, folder, progress.step))
-        tidy = around.enter_context(tidied_together(cfg.train))
-        timeout = cfg.train.hang_timeout
-        beat = around.enter_context(Watchdog(timeout)).beat if timeout else str
+    with (
+        black_box.watch(cfg.train.hang_timeout),
+        traced(cfg.train, folder, progress.step) as trace,
+        tidied_together(cfg.train) as tidy,
+    ):
         while progress.epoch < cfg.train.num_train_epochs:
             for micro_batches in progress.steps(loader, steps_per_epoch):
                 lr = learning_rate(progress.step, total_steps, cfg.train)
                 set_learning_rate(optimizer, lr)
 
                 # the loss is the mean square over the latent values of the whole step, over all ranks
-                values = global_sum(sum(batch["latents"].numel() for batch in micro_batches), state.dp)
+                values = global_sum(torch.tensor(count_targets(micro_batches), device=device), state.dp)
                 loss = torch.zeros((), device=device)
+                black_box.begin(progress.step, micro_batches)
+                meter.begin(micro_batches)
                 for i, batch in enumerate(micro_batches):
-                    draws = draw(
-                        batch["ids"],
-                        batch["latents"].shape[1:],
-                        seed=cfg.train.seed,
-                        step=progress.step,
-                        sampling=cfg.train.timestep_sampling,
-                        logit_mean=cfg.train.logit_mean,
-                        logit_std=cfg.train.logit_std,
-                        condition_dropout=cfg.train.condition_dropout,
-                    )
-                    shift = cfg.train.timestep_shift or noise_shift(scheduler, batch["tokens"] // len(batch["ids"]))
-                    batch, noise, time = to_device(batch, device), draws.noise.to(device), draws.time.to(device)
-                    noisy, timestep, target = add_noise(scheduler, batch["latents"].float(), noise, time, shift)
-                    conditions = drop_conditions(conditions_of(batch), unconditional, draws.dropped.to(device))
                     with gradient_sync(model, enabled=i == len(micro_batches) - 1), offloading(cfg.train):
-                        predicted = predict(noisy, timestep, conditions, cfg.model.embedded_guidance)
-                        part = F.mse_loss(predicted.float(), target, reduction="sum") / values
+                        part = denoising.loss(to_device(batch, device), progress.step) / values
                         (part * loss_scale(state)).backward()
                     loss += part.detach()
+                    meter.add(part)
+                loss = global_sum(loss, state.dp)
                 grad_norm = clip_grad_norm_(model, cfg.train.max_grad_norm, state)
-                numbers = {"loss": global_sum(loss, state.dp).item(), "grad_norm": grad_norm.item()}
-                if not all(map(math.isfinite, numbers.values())):
-                    where = f"{folder / 'ledger'} says which samples were in it"
-                    raise TrainingError(f"step {progress.step} is not applied and the run ends: {numbers}; {where}")
-                optimizer.step()
-                update_ema(optimizer, cfg.train.ema_decay)
+                if guard.allows(progress.step, loss, grad_norm):
+                    optimizer.step()
+                    update_ema(optimizer, cfg.train.ema_decay)
                 optimizer.zero_grad()
 
-                tokens, samples = (
-                    global_sum(sum(sizes), state.dp)
-                    for sizes in ([b["tokens"] for b in micro_batches], [len(b["ids"]) for b in micro_batches])
-                )
-                log.write([progress.measure(tokens=tokens, samples=samples, lr=lr, **numbers)])
+                log.write(meter.end(loss=loss, grad_norm=grad_norm, lr=lr))
+                log.validated(validation.after_step(progress))
                 if drawings is not None and cfg.train.sample_steps and progress.step % cfg.train.sample_steps == 0:
-                    with ema_weights(optimizer):
+                    with averaged():
                         drawings.sheet(folder / "samples" / f"step_{progress.step:06}.png")
-                beat(f"step {progress.step}")
                 trace()
                 tidy(progress.step)
                 stopped = stop.requested(device)
-                if stopped or (cfg.train.save_steps and progress.step % cfg.train.save_steps == 0):
-                    checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+                save_now = cfg.train.save_steps and progress.step % cfg.train.save_steps == 0
+                if stopped or save_now or validation.is_best:
+                    save()
                 if stopped:
                     break
             if stopped:
                 break
             progress.end_epoch(loader)
-            if cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0:
-                checkpoints.save(progress.step, model, optimizer, progress.state(loader))
+            log.validated(validation.after_epoch(progress))
+            if validation.is_best or (cfg.train.save_epochs and progress.epoch % cfg.train.save_epochs == 0):
+                save()
+    log.write(meter.flush())
+    if cfg.train.export_checkpoint == "best" and validation.best_step is not None and not stopped:
+        checkpoints.load(validation.best_step, model, optimizer)
     checkpoints.close()
     if stopped:
         display.say(f"told to stop: saved at step {progress.step}; --train.load_checkpoint_path=auto goes on")
@@ -242,13 +260,16 @@ def main(argv: list[str] | None = None) -> None:
         if first:
             note_stop()
         return
+    if progress.step < total_steps:
+        size = progress.tokens // progress.epoch
+        display.say(f"the data ended after {progress.step} of {total_steps} steps: set data.train_size to {size}")
     lost, sentence = left_out(loader, folder)
     display.say(sentence)
     log.close()
-    trained_at = seconds_since_launch()
+    trained = seconds_since_launch()
 
     # the end: a folder that diffusers loads, and what the model draws
-    with ema_weights(optimizer):
+    with averaged():
         if cfg.train.save_hf_weights and cfg.train.train_architecture == "lora":
             export_adapters(model, folder / "hf_ckpt", family=family, base=base)
         elif cfg.train.save_hf_weights:
@@ -257,20 +278,22 @@ def main(argv: list[str] | None = None) -> None:
         if drawings is not None:
             drawings.all(folder)
     if first:
-        draw_loss(read_metrics(folder), folder / "loss.png")
+        figures = read_metrics(folder), folder / "loss.png", read_metrics(folder, VALIDATION)
+        draw_loss(*figures, unit="mean square")
         summary = {
             "seconds": seconds_since_launch(),
             "startup_seconds": startup,
-            "training_seconds": trained_at - startup,
+            "training_seconds": trained - startup,
             "left_out_samples": lost,
             "steps": progress.step,
             "tokens": progress.tokens,
-            "tokens_per_second": progress.tokens_per_second,
+            "tokens_per_second": meter.tokens_per_second,
             "parameters": parameters,
-            "trained_parameters": trained,
+            "trained_parameters": learnt,
             "world_size": world_size(),
         }
         write_json(folder / "summary.json", summary)
+        write_card(folder, cfg, "train_dit", pipeline=family.pipeline)
         say_goodbye(folder, summary)
 
 
