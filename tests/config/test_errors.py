@@ -121,7 +121,7 @@ def test_every_unknown_argument_is_told() -> None:
         "--train.foo.a",
         "--train.foo.b",
     }
-    assert len(problems(BASE, "--train.pad_to_length=true", "--train.eval_steps=1")) == 2
+    assert len(problems(BASE, "--train.pad_to_length=true", "--train.wandb.id=1")) == 2
 
 
 def test_a_dotted_key_at_the_top_of_a_file_is_told_how_to_write_it() -> None:
