@@ -8,14 +8,14 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from veomni_config import ConfigError, ConfigWarning, OmniRecipeConfig, VLRecipeConfig, parse_args
+from veomni_config import ConfigError, ConfigWarning, DPORecipeConfig, OmniRecipeConfig, VLRecipeConfig, parse_args
 from veomni_config.cli import main
 from veomni_config.migrate import migrate
 from veomni_config.newer_layout import DEFAULTS, RENAMED, WITHOUT_COUNTERPART, why_dropped
 from veomni_config.schema import config_keys
 
 EVERY_KEY = Path(__file__).with_name("newer.yaml")
-KNOWN = {key.dotted for cls in (OmniRecipeConfig, VLRecipeConfig) for key in config_keys(cls)}
+KNOWN = {key.dotted for cls in (OmniRecipeConfig, VLRecipeConfig, DPORecipeConfig) for key in config_keys(cls)}
 
 NEWER = """\
 # what it is for
@@ -106,7 +106,8 @@ def test_a_file_of_our_layout_stays_as_it_is() -> None:
 
 def test_every_key_of_the_layout_is_kept_renamed_or_dropped_with_a_reason(tmp_path: Path) -> None:
     migration = migrate(EVERY_KEY.read_text(), str(EVERY_KEY))
-    (tmp_path / "run.yaml").write_text(migration.text)
+    lines = migration.text.splitlines(keepends=True)
+    (tmp_path / "run.yaml").write_text("".join(line for line in lines if "dpo_" not in line))  # of another recipe
     with pytest.warns(ConfigWarning, match="silent_exception"):
         cfg = parse_args(VLRecipeConfig, [str(tmp_path / "run.yaml")])
     assert (cfg.train.data_parallel_mode, cfg.model.moe_implementation, cfg.data.max_pixels) == (
@@ -118,6 +119,17 @@ def test_every_key_of_the_layout_is_kept_renamed_or_dropped_with_a_reason(tmp_pa
     assert written >= set(RENAMED.values()) - {"model.foundation"}
     for line in migration.report:
         assert line.split(": ")[2] in ("renamed", "dropped", "changed", "added")
+
+
+def test_preferences_are_those_of_the_recipe_for_them(tmp_path: Path) -> None:
+    text = (
+        "model: {model_path: m}\ndata: {train_path: p.jsonl, data_type: dpo}\ndpo_config: {beta: 0.2, loss_type: ipo}\n"
+    )
+    migration = migrate(text, "run.yaml")
+    assert "run.yaml:2: data.data_type: changed: dpo is preference here" in migration.report
+    (tmp_path / "run.yaml").write_text(migration.text)
+    cfg = parse_args(DPORecipeConfig, [str(tmp_path / "run.yaml")])
+    assert (cfg.data.data_type, cfg.train.dpo_beta, cfg.train.dpo_loss) == ("preference", 0.2, "ipo")
 
 
 def test_the_table_leads_to_keys_that_exist() -> None:

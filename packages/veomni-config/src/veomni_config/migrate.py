@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError, Origin, Problem
-from .newer_layout import BLOCKS, DEFAULTS, KERNELS, RENAMED, misspelt, why_dropped
+from .newer_layout import BLOCKS, DEFAULTS, KERNELS, RENAMED, VALUES, misspelt, why_dropped
 from .yaml_reader import read_text
 from .yaml_writer import key_to_yaml
 
@@ -91,6 +91,9 @@ def migrate(text: str, file: str) -> Migration:
             if entry.key in RENAMED and target in KERNELS and entry.value.strip("'\"") not in KERNELS[target]:
                 report.append(f"{place}: changed: the kernel {entry.value} is not known here, auto takes the best one")
                 entry.value = "auto"
+            if (known_as := VALUES.get((target, entry.value.strip("'\"")))) is not None:
+                report.append(f"{place}: changed: {entry.value} is {known_as} here")
+                entry.value = known_as
             if target == "extends":
                 report.append(f"{place}: unchanged: the file that it names has to be rewritten too")
             new = [*entry.above, *entry.written_as(name)]

@@ -74,7 +74,13 @@ RENAMED = {
     "train.checkpoint.save_steps": "train.save_steps",
     "train.checkpoint.save_epochs": "train.save_epochs",
     "train.checkpoint.save_hf_weights": "train.save_hf_weights",
+    "dpo_config.beta": "train.dpo_beta",
+    "dpo_config.label_smoothing": "train.dpo_label_smoothing",
+    "dpo_config.loss_type": "train.dpo_loss",
 }
+
+# values that have another name here
+VALUES = {("data.data_type", "dpo"): "preference"}
 
 # keys that are left out: nothing here is set by them, for the reason given
 _REASONS = {
@@ -126,10 +132,7 @@ _REASONS = {
         "model.condition_model_cfg",
         "data.offline_embedding_save_dir",
         "train.training_task",
-        "dpo_config.beta",
-        "dpo_config.label_smoothing",
         "dpo_config.reference_free",
-        "dpo_config.loss_type",
         "dpo_config.average_log_prob",
         "dpo_config.refer_model_precision",
     ),

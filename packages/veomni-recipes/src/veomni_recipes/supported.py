@@ -23,7 +23,6 @@ TEXT = (
     "model.input_encoder",
     "model.output_encoder",
     "model.encode_target",
-    "train.vit_lr",
 )
 DISTILL = (*TEXT, "train.enable_fused_loss", "train.tensor_parallel_size")
 DPO = (*DISTILL, "train.best_metric", "train.export_checkpoint")
