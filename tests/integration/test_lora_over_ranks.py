@@ -25,6 +25,7 @@ from veomni_models import (
 )
 from veomni_parallel import (
     ParallelError,
+    ParallelPlan,
     build_parallelize_model,
     clip_grad_norm_,
     global_sum,
@@ -63,8 +64,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], str]] = {
 def adapted(name: str, parameters: bool) -> nn.Module:
     """A model whose adapters do something already, on frozen weights."""
     model = build_family(name)
+    experts = [key.replace("mlp", "feed_forward") if name == "llama4" else key for key in EXPERTS]
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=ATTENTION, target_parameters=EXPERTS if parameters else None
+        r=4, lora_alpha=8, target_modules=ATTENTION, target_parameters=experts if parameters else None
     )
     model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(3)
@@ -110,7 +112,7 @@ def step(name: str, parameters: bool, sizes: dict[str, int], mode: str) -> tuple
 @pytest.mark.parametrize(
     ("parameters", "layout"),
     # FSDP1 flattens what the adapters of parameters change in place
-    [(p, layout) for p in (False, True) for layout in LAYOUTS if not (p and ("ep" in layout or "fsdp1" in layout))],
+    [(p, layout) for p in (False, True) for layout in LAYOUTS if not (p and "fsdp1" in layout)],
 )
 def test_adapters_have_the_gradients_of_one_process(
     parameters: bool, layout: str, two_ranks: Ranks, four_ranks: Ranks
@@ -126,18 +128,56 @@ def test_adapters_have_the_gradients_of_one_process(
     assert norm == pytest.approx(torch.stack([g.norm() for g in reference.values()]).norm().item(), rel=1e-5)
 
 
-def refused() -> str:
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
+def test_adapters_of_experts_in_other_layouts_are_dealt_over_ranks(name: str, two_ranks: Ranks) -> None:
+    loss, gradients, _ = two_ranks.run(step, name, True, {"ep": 2}, "fsdp2")[0]
+    expected, reference = truth(name, True)
+    assert any("experts" in key for key in reference)
+    assert loss == pytest.approx(expected, rel=TOLERANCE)
+    difference, where = worst(gradients, reference)
+    assert difference <= TOLERANCE, f"{where} is off by {difference:.1e}"
+
+
+def answers(ep: int, plan: ParallelPlan | None = None) -> list[torch.Tensor]:
+    """With adapters, without them as a reference model is asked, and with them switched off."""
+    state = init_parallel_state(ep=ep, device_type="cpu")
+    model = build_parallelize_model(adapted("qwen3_moe", True), state, plan=plan)
+    row = {"input_ids": pack(samples()[:1])["input_ids"], "use_cache": False}
+    with torch.no_grad():
+        logits = [model(**row).logits]
+        with without_adapters(model.base_model):
+            logits.append(model(**row).logits)
+        with model.disable_adapter():
+            logits.append(model(**row).logits)
+    return logits
+
+
+@pytest.mark.parametrize("plan", [None, ParallelPlan(experts=["*.mlp.experts"])], ids=["found", "named"])
+def test_dealt_experts_answer_without_adapters_where_these_are_left_out(
+    plan: ParallelPlan | None, two_ranks: Ranks
+) -> None:
+    expected = answers(1)
+    assert not torch.allclose(expected[0], expected[1], rtol=0.1)
+    for logits in two_ranks.run(answers, 2, plan):
+        for found, wanted in zip(logits, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def refused(parameters: list[str], sizes: dict[str, int]) -> str:
+    model = peft.get_peft_model(build_family("gpt_oss"), peft.LoraConfig(r=2, target_parameters=parameters))
     try:
-        build_parallelize_model(adapted("qwen3_moe", True), init_parallel_state(ep=2, device_type="cpu"))
+        build_parallelize_model(model, init_parallel_state(**sizes, device_type="cpu"))
     except ParallelError as error:
         return str(error)
     return "accepted"
 
 
-def test_adapters_of_experts_are_not_dealt_over_ranks(two_ranks: Ranks) -> None:
-    for message in two_ranks.run(refused):
-        assert "mlp.experts" in message
-        assert "cannot be dealt over ep=2 ranks: use ep=1, where FSDP2 shards them" in message
+def test_adapters_of_experts_that_cannot_be_dealt_over_ranks_are_refused(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(refused, ["mlp.experts.down_proj_bias"], {"ep": 2}):
+        assert "adapter of down_proj_bias of base_model.model.model.layers.0.mlp.experts" in message
+        assert "has 2 dimensions: adapt weights of 3 dimensions, or use ep=1" in message
+    for message in two_ranks.run(refused, EXPERTS, {"ep": 2, "tp": 2}):
+        assert "ep=2 ranks together with tp=2: use tp=1, or adapt other layers only" in message
 
 
 def test_adapters_with_experts_are_saved_and_merged(tmp_path: Path) -> None:
@@ -152,12 +192,12 @@ def test_adapters_with_experts_are_saved_and_merged(tmp_path: Path) -> None:
         torch.testing.assert_close(merged(input_ids=row["input_ids"]).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def made_on_meta(folder: Path, mode: str | None) -> dict[str, torch.Tensor]:
+def made_on_meta(folder: Path, mode: str | None, ep: int = 1) -> dict[str, torch.Tensor]:
     """The weights of an adapted model that was made on meta and sharded, once merged; its adapters are in `folder`."""
     model = build_foundation_model(overrides=MOE)
     add_adapters(model, {"r": 2, "target_modules": ["q_proj", "down_proj"], "target_parameters": EXPERTS})
     if mode is not None:
-        model = build_parallelize_model(model, init_parallel_state(device_type="cpu"), mode=mode)
+        model = build_parallelize_model(model, init_parallel_state(ep=ep, device_type="cpu"), mode=mode)
     with without_adapters(model):
         initialize_weights(model, 0, "cpu")
     initialize_adapters(model, 1, "cpu")
@@ -172,9 +212,12 @@ def made_on_meta(folder: Path, mode: str | None) -> dict[str, torch.Tensor]:
         return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
 
 
-def test_adapters_made_on_meta_and_merged_on_shards_are_those_of_one_process(two_ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ep", [1, 2])
+def test_adapters_made_on_meta_and_merged_on_shards_are_those_of_one_process(
+    ep: int, two_ranks: Ranks, four_ranks: Ranks, tmp_path: Path
+) -> None:
     alone = made_on_meta(tmp_path / "1", None)
-    for shards in two_ranks.run(made_on_meta, tmp_path / "2", "fsdp2"):
+    for shards in (two_ranks if ep == 1 else four_ranks).run(made_on_meta, tmp_path / "2", "fsdp2", ep):
         assert shards.keys() == alone.keys()
         assert all(torch.equal(shards[name], alone[name]) for name in alone)
     files = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("1", "2")]

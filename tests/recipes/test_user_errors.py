@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from veomni_recipes.tasks.omni import train_omni_model
 
 
 def run(arguments: list[str], folder: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
@@ -30,17 +31,29 @@ def check(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     [
         ("--data.train_path=nowhere/train.jsonl", ["nowhere/train.jsonl", "does not exist"]),
         ("--train.lr_decay_styl=cosine", ["--train.lr_decay_styl", "did you mean --train.lr_decay_style"]),
-        ("--train.global_batch_size=3", ["train.global_batch_size", "3", "world size 2"]),
         ("--model.tokenizer_path=nowhere", ["nowhere", "no such folder"]),
         ("--model.foundation.hiden_size=64", ["hiden_size", "did you mean hidden_size"]),
     ],
 )
-def test_before_the_first_step(change: str, parts: list[str], arguments: list[str], tmp_path: Path) -> None:
-    check(run([*arguments, change], tmp_path / "run"), *parts)
+def test_before_the_first_step(
+    change: str, parts: list[str], arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_omni_model.main([*arguments, change, f"--train.output_dir={tmp_path}/run"])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert all(part in lines[0] for part in parts), lines[0]
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("fault", ["broken picture", "no placeholder"])
+def test_on_ranks_it_is_told_once(arguments: list[str], tmp_path: Path) -> None:
+    done = run([*arguments, "--train.global_batch_size=3"], tmp_path / "run")
+    check(done, "train.global_batch_size", "3", "world size 2")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fault", ["broken picture", pytest.param("no placeholder", marks=pytest.mark.slow)])
 def test_in_the_data_names_file_and_line(fault: str, arguments: list[str], digits_folder: Path, tmp_path: Path) -> None:
     lines = (digits_folder / "train.jsonl").read_text().splitlines()[:200]
     (tmp_path / "images").symlink_to(digits_folder / "images")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,13 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from veomni_parallel.collectives import exchange, join_parts, take_part
 from veomni_parallel.errors import ParallelError
+from veomni_parallel.expert_adapters import (
+    adapted,
+    adapters_around,
+    check_adapters,
+    hand_adapters_to_experts,
+    is_adapter,
+)
 from veomni_parallel.local_parameters import local_parts, parameters_replaced, scale_gradient
 from veomni_parallel.loss_scale import global_sum
 from veomni_parallel.mesh import ParallelState
@@ -64,6 +71,10 @@ class ExpertLink:
     """Name of the implementation that computes the experts; None for a module that transformers does not know."""
     counts: torch.Tensor
     """int64 [E]: this rank's tokens for each expert in all backward passes since they were taken."""
+    first: int = 0
+    """Index of the first expert that this rank holds."""
+    adapters: list[Any] = field(default_factory=list)
+    """Adapters of peft that are at work around the experts as long as these run."""
 
 
 def plan_exchange(counts: torch.Tensor, group: Any) -> ExchangePlan:
@@ -99,6 +110,7 @@ def apply_expert_parallel(
 
     Each rank keeps E / ep experts as DTensors sharded in dim 0 over `state.ep`. Gradients are scaled so that a mean
     over `state.expert_shard_mesh`, as FSDP takes it, is the mean over `state.loss` that all other parameters get.
+    Adapters of peft on the experts' 3-D weights (`target_parameters`) stay whole parameters like those of other layers.
     With `state.ep` of size 1 nothing moves, and tokens are counted only.
 
     Args:
@@ -112,11 +124,11 @@ def apply_expert_parallel(
 
     Raises:
         ParallelError: no experts found, a glob matches nothing, `state.ep` does not divide the experts, a module does
-            not keep the protocol, or this was done already.
+            not keep the protocol, its adapters are of other weights than 3-D ones or under tp, or this was done already.
     """
     known = {name: module for name, module in model.named_modules() if _is_known(module)}
     dense = {name: module for name, module in model.named_modules() if _is_dense(module)}
-    chosen = known | dense if experts is None else find_named(model, experts, "ParallelPlan.experts")
+    chosen = known | dense if experts is None else _named(model, experts)
     if not chosen:
         raise ParallelError(
             f"{type(model).__name__} has no experts module that transformers' ExpertsInterface knows: use ep=1, or name"
@@ -126,13 +138,13 @@ def apply_expert_parallel(
         if hasattr(module, NAME):
             raise ParallelError(f"The experts of {name} are dealt over ranks already; hand over the plain model.")
         _check(name, module, state.ep.size())
-        if state.ep.size() > 1 and _has_adapters(model, module):
-            raise ParallelError(
-                f"The adapters of {name} cannot be dealt over ep={state.ep.size()} ranks: use ep=1, where FSDP2 shards"
-                " them, or adapt other layers only."
-            )
+        if state.ep.size() > 1:
+            check_adapters(name, adapters_around(model, module), state.ep.size(), state.tp.size())
     for name, module in (known | chosen).items():
-        _link(module, state, state.ep.size() if name in chosen else 1, plan, is_known=name in known)
+        ranks = state.ep.size() if name in chosen else 1
+        _link(module, state, ranks, plan, is_known=name in known)
+        if ranks > 1:
+            hand_adapters_to_experts(adapters_around(model, module), _link_of(module).adapters)
     if known:
         _register(model, known)
     return chosen
@@ -209,9 +221,11 @@ def _is_dense(module: nn.Module) -> bool:
     return len(takes) == 1 and bool(own) and all(p.ndim == 3 and p.shape[0] == count for p in own)
 
 
-def _has_adapters(model: nn.Module, experts: nn.Module) -> bool:
-    """Whether peft adds something to the experts' own parameters."""
-    return any(type(m).__name__ == "ParamWrapper" and any(i is experts for i in m.modules()) for m in model.modules())
+def _named(model: nn.Module, globs: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that the globs name; where adapters stand in a module's place, that inside of them."""
+    found = find_named(model, globs, "ParallelPlan.experts")
+    inside = {id(m.get_base_layer()) if is_adapter(m) else id(m) for m in found.values()}
+    return {name: module for name, module in model.named_modules() if id(module) in inside}
 
 
 def _check(name: str, module: nn.Module, ranks: int) -> None:
@@ -245,6 +259,7 @@ def _link(module: nn.Module, state: ParallelState, ranks: int, plan: PlanExchang
         plan=plan,
         inner=module.config._experts_implementation if is_known else None,
         counts=torch.zeros(count, dtype=torch.int64, device=device),
+        first=state.ep.get_local_rank() * (count // ranks) if ranks > 1 else 0,
     )
     if _is_dense(module):
         module.forward = partial(_run_dense, module, module.forward)
@@ -307,6 +322,7 @@ def _run(
     if link.group is None:
         return _CountTokens.apply(compute(hidden, index, weights, *args, **kwargs), counts, link)
     parts = {name: scale_gradient(p, link.gradient_factor) for name, p in local_parts(module).items()}
+    parts = {name: adapted(part, name, link.adapters, link.first) for name, part in parts.items()}
     with parameters_replaced(module, parts):
         out = _exchanged(link, partial(compute, *args, **kwargs), hidden, flat, weights, counts)
     return out if link.tp_group is None else join_parts(out, link.tp_group, 0, rows)
@@ -381,7 +397,10 @@ class _CountTokens(torch.autograd.Function):
 
 
 def _selection_bias(model: nn.Module, experts: str) -> torch.Tensor:
-    parent = model.get_submodule(experts.rpartition(".")[0])
+    place = experts
+    while place.endswith(".base_layer"):  # inside adapters
+        place = place.removesuffix(".base_layer")
+    parent = model.get_submodule(place.rpartition(".")[0])
     for name, tensor in (*parent.named_buffers(), *parent.named_parameters()):
         if name.rpartition(".")[2] in _SELECTION_BIASES:
             return tensor

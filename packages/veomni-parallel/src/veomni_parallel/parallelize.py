@@ -34,6 +34,7 @@ from veomni_parallel.activation_checkpointing import (
     resolve_checkpointing,
 )
 from veomni_parallel.errors import ParallelError
+from veomni_parallel.expert_adapters import adapters_around
 from veomni_parallel.expert_parallel import apply_expert_parallel, expert_modules
 from veomni_parallel.mesh import LocalMesh, Mesh, ParallelState
 from veomni_parallel.mixed_precision import (
@@ -254,7 +255,8 @@ def _recompute_and_compile(
 def _leave_eager(model: nn.Module, experts: Mapping[str, nn.Module]) -> None:
     """End graphs where numbers of tokens are read on the host: at experts' exchanges and packed rows' attention."""
     for module in experts.values():
-        module.forward = torch.compiler.disable(module.forward)
+        for outer in (*adapters_around(model, module), module):
+            outer.forward = torch.compiler.disable(outer.forward)
     configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
     names = {str(getattr(config, "_attn_implementation", None)) for config in configs}
     if packed := [name for name in names if name.startswith("packed_")]:
