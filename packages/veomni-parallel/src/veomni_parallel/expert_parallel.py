@@ -124,7 +124,7 @@ def apply_expert_parallel(
 
     Raises:
         ParallelError: no experts found, a glob matches nothing, `state.ep` does not divide the experts, a module does
-            not keep the protocol, its adapters are of other weights than 3-D ones or under tp, or this was done already.
+            not keep the protocol, adapters of weights that are not 3-D or beside tp, or this was done already.
     """
     known = {name: module for name, module in model.named_modules() if _is_known(module)}
     dense = {name: module for name, module in model.named_modules() if _is_dense(module)}
