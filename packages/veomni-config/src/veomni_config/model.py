@@ -72,6 +72,12 @@ class ModelConfig(Section):
         description="Options of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...) for "
         "`train.train_architecture: lora`.",
     )
+    quantize_frozen: Literal[8, 4] | None = Field(
+        default=None,
+        description="Bits of the frozen linear layers under adapters that learn (QLoRA, by torchao): 8 are integers, 4 "
+        "are NF4; null leaves them as they are. Adapters are exported as without it, and the merged model with weights "
+        "that were never rounded.",
+    )
     basic_modules: Names = Field(
         default=(), description="Class names of further modules that FSDP shards as units of their own."
     )

@@ -58,6 +58,21 @@ class RecipeConfig(Section):
             return "fsdp1 flattens adapters and frozen weights together: set data_parallel_mode to fsdp2 or ddp"
         return None
 
+    @rule("model.quantize_frozen", "train.train_architecture")
+    def _quantised_layers_are_frozen(self) -> str | None:
+        if self.model.quantize_frozen and self.train.train_architecture != "lora":
+            return "layers that learn stay whole: set train.train_architecture to lora, or this to null"
+        return None
+
+    @rule("model.quantize_frozen", "train.data_parallel_mode")
+    def _quantised_layers_are_not_sharded(self) -> str | None:
+        if self.model.quantize_frozen and self.train.data_parallel_mode != "ddp":
+            return (
+                "weights in few bits cannot be sharded: set train.data_parallel_mode to ddp and train.init_device to "
+                "cpu or cuda, or this to null"
+            )
+        return None
+
     @rule("train.dyn_bsz_margin", "train.micro_batch_size", "data.max_seq_len")
     def _margin_leaves_a_budget(self) -> str | None:
         budget = self.train.micro_batch_size * self.data.max_seq_len

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import nn
 
 from veomni_models.errors import ModelError
 
+_SCALES = 256
+"""Scales of groups that have one scale in common; as in the paper."""
 
-def quantize_frozen(model: nn.Module, bits: Literal[8, 4] = 8, *, group_size: int = 128) -> list[str]:
+
+def quantize_frozen(model: nn.Module, bits: Literal[8, 4] = 8, *, group_size: int = 64) -> list[str]:
     """Quantise the weights of all frozen linear layers in place; what they compute keeps its dtype.
 
     Call it when the model has its weights and the parts that learn are known, then add adapters. Layers that learn,
-    the output head, embeddings, norms and experts stay as they are. 8 bits: one scale a row; 4 bits: one scale for each
-    `group_size` inputs (fewer where a layer has fewer). Weights are then neither sharded nor trained: wrap such a model
-    by ddp.
+    the output head, embeddings, norms and experts stay as they are. 8 bits: integers with one scale a row; 4 bits: NF4,
+    two weights a byte, with one scale for each `group_size` weights (fewer where that does not divide them), which is
+    kept in 8 bits itself. Weights are then neither sharded nor trained: wrap such a model by ddp.
 
     Returns:
         The names of the layers.
@@ -25,7 +27,7 @@ def quantize_frozen(model: nn.Module, bits: Literal[8, 4] = 8, *, group_size: in
         ModelError: torchao is not installed, other bits, weights on the meta device, or nothing is frozen.
     """
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
     except ImportError as error:
         raise ModelError("quantised weights need torchao: pip install torchao") from error
     if bits not in (8, 4):
@@ -40,15 +42,19 @@ def quantize_frozen(model: nn.Module, bits: Literal[8, 4] = 8, *, group_size: in
         raise ModelError(f"{type(model).__name__} has no frozen linear layer to quantise: freeze the model before")
     if on_meta := next((name for name, layer in chosen.items() if layer.weight.is_meta), None):
         raise ModelError(f"{on_meta} is on the meta device: load its weights before it is quantised")
-    for size in sorted({group_size_for(layer, group_size) for layer in chosen.values()}):
-        config = Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(torch.int4, PerGroup(size))
-        own = {id(layer) for layer in chosen.values() if group_size_for(layer, group_size) == size}
-        quantize_(model, config, filter_fn=lambda module, name, own=own: id(module) in own)
-    for layer in chosen.values():
-        layer.weight.requires_grad_(False)
+    if bits == 8:
+        own = {id(layer) for layer in chosen.values()}
+        quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: id(module) in own)
+        for layer in chosen.values():
+            layer.weight.requires_grad_(False)
+    else:
+        chosen = {name: layer for name, layer in chosen.items() if layer.weight.numel() % 2 == 0}  # two share a byte
+        for layer in chosen.values():
+            size = _largest_divisor(layer.weight.numel(), group_size)
+            scales = _largest_divisor(layer.weight.numel() // size, _SCALES)
+            layer.weight = nn.Parameter(to_nf4(layer.weight.detach(), size, scales), requires_grad=False)
     return list(chosen)
 
 
-def group_size_for(layer: nn.Linear, wanted: int) -> int:
-    """The largest size of at most `wanted` that divides the layer's inputs."""
-    return next(size for size in range(min(wanted, layer.in_features), 0, -1) if layer.in_features % size == 0)
+def _largest_divisor(number: int, most: int) -> int:
+    return next(size for size in range(min(most, number), 0, -1) if number % size == 0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from veomni_ckpt import export_hf
 from veomni_parallel import ParallelState, Watchdog
 
@@ -97,7 +98,12 @@ class BlackBox:
         return folder
 
     def write_weights(self) -> None:
-        """Save the model as it is in this step, and delete that of an earlier one. Every rank calls it."""
+        """Save the model as it is in this step, and delete that of an earlier one. Every rank calls it.
+
+        Of a model with quantised weights, for which a Hugging Face folder has no place, nothing is saved.
+        """
+        if any(_is_quantised(parameter) for parameter in self._model.parameters()):
+            return
         folder = self._folder / f"step_{self._step}" / WEIGHTS
         export_hf(self._model, folder, assets=self._assets)
         if self._state.rank == 0:
@@ -165,3 +171,8 @@ def read_boxes(run: Path) -> dict[int, list[dict[str, Any]]]:
         if files:
             boxes[int(folder.name.removeprefix("step_"))] = [json.loads(f.read_text(encoding="utf-8")) for f in files]
     return dict(sorted(boxes.items()))
+
+
+def _is_quantised(parameter: torch.Tensor) -> bool:
+    """Whether it is of another class of tensors, which is not for parts on ranks."""
+    return hasattr(parameter, "__tensor_flatten__") and not isinstance(parameter, DTensor)

@@ -9,6 +9,7 @@ from veomni_config import ConfigError, Problem, RecipeConfig
 OMNI = (
     "data.data_type",
     "model.lora_config",
+    "model.quantize_frozen",
     "train.train_architecture",
     "train.enable_fused_loss",
     "train.tensor_parallel_size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +22,8 @@ from veomni_config import (
 )
 from veomni_models import (
     OmniModel,
+    add_adapters,
+    build_foundation_model,
     has_adapters,
     initialize_adapters,
     initialize_weights,
@@ -126,14 +129,41 @@ def fill_foundation(model: Any, cfg: RecipeConfig, device: torch.device) -> None
 def export(model: Any, folder: Path, cfg: RecipeConfig, assets: Sequence[Any]) -> None:
     """Write `hf_ckpt/` into the folder of a run; of a model with adapters, these in `adapter/` and it with them merged.
 
+    Where frozen layers were quantised, adapters are merged with the weights as they were before.
+
     Args:
         assets: what else belongs to the model: see `export_hf`.
     """
     if has_adapters(model):
         save_adapters(_unwrapped(model), folder / "adapter", base=cfg.model.model_path, write=rank() == 0)
-        merge_adapters(model)
+        if cfg.model.quantize_frozen:
+            model = _with_whole_weights(_unwrapped(model), cfg)
+        else:
+            merge_adapters(model)
     with without_adapters(model):
         export_hf(model, folder / "hf_ckpt", assets=assets)
+
+
+@torch.no_grad()
+def _with_whole_weights(model: Any, cfg: RecipeConfig) -> Any:
+    """The model as it was before its frozen layers were quantised, with its adapters merged: in rank 0's host memory.
+
+    Other ranks get one without storage, of which the export takes nothing.
+    """
+    whole = build_foundation_model(
+        copy.deepcopy(model.config),
+        cfg.model.model_path,
+        init_device="cpu" if rank() == 0 else "meta",
+        seed=cfg.train.seed,
+    )
+    add_adapters(whole, cfg.model.lora_config)
+    if rank() == 0:
+        trained = dict(model.named_parameters())
+        for name, parameter in whole.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(trained[name])
+        merge_adapters(whole)
+    return whole
 
 
 def _unwrapped(model: Any) -> Any:

@@ -122,7 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     stop, stopped = StopSignals().listen(), False
     checkpoints = CheckpointManager(
-        folder / "checkpoints", keep_last=cfg.train.keep_last, async_save=cfg.train.save_async
+        folder / "checkpoints",
+        keep_last=cfg.train.keep_last,
+        async_save=cfg.train.save_async,
+        trainable_only=cfg.train.train_architecture == "lora",
     )
     black_box = BlackBox(folder, loader, state, model, [tokenizer])
     guard = Guard(cfg.train, black_box)

@@ -21,6 +21,7 @@ from veomni_models import (
     add_adapters,
     build_foundation_model,
     plan_for,
+    quantize_frozen,
     use_fused_loss,
 )
 from veomni_parallel import (
@@ -87,6 +88,8 @@ def build_model(cfg: RecipeConfig, tokenizer: Any, device: torch.device) -> Any:
         init_device="meta" if cfg.train.init_device == "meta" else device.type,
         seed=cfg.train.seed,
     )
+    if cfg.model.quantize_frozen:
+        quantize_frozen(model.requires_grad_(False), cfg.model.quantize_frozen)
     if cfg.train.train_architecture == "lora":
         add_adapters(model, cfg.model.lora_config)
     return model

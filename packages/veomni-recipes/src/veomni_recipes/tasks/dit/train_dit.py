@@ -69,7 +69,7 @@ from veomni_recipes.validation import Validation
 WITHOUT_EFFECT = (
     *("data.datasets_type", "data.columns", "data.chat_template", "data.source_name"),
     *("model.foundation", "model.encoders", "model.decoders", "model.input_encoder", "model.output_encoder"),
-    *("model.encode_target", "model.moe_implementation", "model.attn_implementation"),
+    *("model.encode_target", "model.moe_implementation", "model.attn_implementation", "model.quantize_frozen"),
     *("train.balance_ranks", "train.dyn_bsz_count_mode", "train.dyn_bsz_margin"),
     *("train.bsz_warmup_ratio", "train.expert_parallel_size", "train.ep_outside", "train.enable_fused_loss"),
 )

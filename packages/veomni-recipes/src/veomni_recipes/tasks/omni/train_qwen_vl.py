@@ -20,7 +20,7 @@ import torch
 from veomni_ckpt import CheckpointError, CheckpointManager, StopSignals
 from veomni_config import ConfigError, VLRecipeConfig, dump_config, parse_args
 from veomni_data import DataError, build_dataset, slice_for_sequence_parallel
-from veomni_models import ModelError, add_adapters, build_foundation_model, plan_for, use_fused_loss
+from veomni_models import ModelError, add_adapters, build_foundation_model, plan_for, quantize_frozen, use_fused_loss
 from veomni_parallel import (
     ParallelError,
     ParallelPlan,
@@ -97,6 +97,8 @@ def build_model(cfg: VLRecipeConfig, processor: Any, device: torch.device) -> An
         init_device="meta" if cfg.train.init_device == "meta" else device.type,
         seed=cfg.train.seed,
     )
+    if cfg.model.quantize_frozen:
+        quantize_frozen(model.requires_grad_(False), cfg.model.quantize_frozen)
     if cfg.train.train_architecture == "lora":
         add_adapters(model, cfg.model.lora_config)
     freeze_encoders(model, cfg.train)
@@ -171,7 +173,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     stop, stopped = StopSignals().listen(), False
     checkpoints = CheckpointManager(
-        folder / "checkpoints", keep_last=cfg.train.keep_last, async_save=cfg.train.save_async
+        folder / "checkpoints",
+        keep_last=cfg.train.keep_last,
+        async_save=cfg.train.save_async,
+        trainable_only=cfg.train.train_architecture == "lora",
     )
     black_box = BlackBox(folder, loader, state, model, [processor])
     guard = Guard(cfg.train, black_box)
