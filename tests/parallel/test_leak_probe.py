@@ -52,6 +52,16 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_model_that_runs_every_tower_by_itself_in_training_does_so_in_the_probe_too() -> None:
+    model = build_family("llama").train()
+    model.runs_every_tower = True
+    seen: set[tuple[bool, bool]] = set()
+    model.register_forward_pre_hook(lambda module, _: seen.add((module.training, module.model.training)))
+    leak_probe(model, inputs())
+    assert seen == {(True, False)}
+    assert model.model.training
+
+
 def test_placeholders_are_not_replaced() -> None:
     model, row = build_family("llama"), inputs()
     model.config.image_token_id = int(row["input_ids"][0, 3])

@@ -26,7 +26,7 @@ from veomni_parallel.replica_checks import Difference, NonFinite, find_nonfinite
 from veomni_parallel.router_loss import router_loss
 from veomni_parallel.seeding import seed_ranks
 from veomni_parallel.tensor_parallel import apply_tensor_parallel
-from veomni_parallel.tower_sharing import share_towers
+from veomni_parallel.tower_sharing import evaluated, share_towers
 from veomni_parallel.ulysses import ulysses_attention
 from veomni_parallel.ulysses_diffusers import apply_ulysses_diffusers
 from veomni_parallel.ulysses_transformers import apply_packed_attention, apply_ulysses, plain_attention
@@ -61,6 +61,7 @@ __all__ = [
     "clip_grad_norm_",
     "count_targets",
     "deal_samples",
+    "evaluated",
     "find_nonfinite",
     "fit_costs",
     "global_sum",

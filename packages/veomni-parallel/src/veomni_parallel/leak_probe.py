@@ -15,6 +15,7 @@ from torch import nn
 from veomni_parallel.errors import ParallelError
 from veomni_parallel.packed_attention import sample_bounds
 from veomni_parallel.packed_rows import find_cu_seq_lens, links_of
+from veomni_parallel.tower_sharing import evaluated
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def leak_probe(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float |
 
     samples = len(bounds) - 1
     rounds = _largest(samples, ids.device)
-    with _evaluated(model), _embedded(model) as embedded:
+    with evaluated(model), _embedded(model) as embedded:
         before = _compute(model, batch, embedded, bounds)
         moved = torch.zeros(2, samples, samples, dtype=torch.float64, device=ids.device)  # [what, changed, moved]
         for number in range(rounds):  # ranks with fewer samples repeat their last, to stay in step
@@ -179,17 +180,6 @@ def _largest(number: int, device: torch.device) -> int:
     largest = torch.tensor(number, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -242,6 +243,25 @@ def keep_towers_in_step(model: nn.Module, mesh: Mesh) -> None:
             tower.register_forward_pre_hook(turns.before_tower, prepend=True)
             tower.register_forward_hook(turns.after_tower)
         decoder_of(model).register_forward_pre_hook(turns.before_decoder, prepend=True, with_kwargs=True)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, modules are in evaluation mode, but each rank still runs every tower that others may need it for.
+
+    For forwards of a wrapped model outside of training, such as a validation: a model with the attribute
+    `runs_every_tower` keeps its own `training`, by which it does so; its parts evaluate.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    for module in training:
+        if getattr(module, "runs_every_tower", False):
+            module.training = True
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Turns:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from veomni_config import ConfigError, DitRecipeConfig, DitTrainConfig, Problem
 from veomni_data import Sample
-from veomni_parallel import ParallelState, global_sum
+from veomni_parallel import ParallelState, evaluated, global_sum
 
 from veomni_recipes.batch_counts import count_targets
 from veomni_recipes.diffusion import Draws, add_noise, draw, drop_conditions, noise_shift
 from veomni_recipes.diffusion_data import conditions_of, stack_samples
 from veomni_recipes.distributed import to_device
-from veomni_recipes.validation import evaluated
 
 HELD_OUT_TIMES = (0.125, 0.375, 0.625, 0.875)
 """Times between picture and noise, before the shift, at which every held-out sample is looked at; evenly spaced, as for

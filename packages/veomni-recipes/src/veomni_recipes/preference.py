@@ -12,10 +12,9 @@ from torch.nn.functional import pad
 from veomni_config import DPORecipeConfig, DPOTrainConfig
 from veomni_data import PackingCollator, build_dataloader, build_dataset, slice_for_sequence_parallel
 from veomni_models import dpo_loss, orpo_loss, simpo_loss, sum_by_sample, without_adapters
-from veomni_parallel import ParallelState, global_sum
+from veomni_parallel import ParallelState, evaluated, global_sum
 
 from veomni_recipes.distributed import to_device
-from veomni_recipes.validation import evaluated
 
 
 class Pairs(NamedTuple):

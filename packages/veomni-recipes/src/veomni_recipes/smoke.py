@@ -110,6 +110,7 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
         else:
             writers = {"plaintext": write_texts, "preference": write_preferences}
             writers.get(cfg.data.data_type, write_conversations)(data, cfg.data.text_keys)
+    drawn = bool(parts) and cfg.model.model_path is None  # whose weights are random in the configuration too
     length = 1024 if isinstance(cfg, VLRecipeConfig) else 256  # a video alone becomes 256 tokens of an omni model
     return write_config(
         cfg,
@@ -117,9 +118,9 @@ def smoke_config(recipe: str, argv: Sequence[str], processes: int, folder: Path)
         processes,
         folder,
         model={
-            "model_path": str(model),
-            "config_path": None,
-            "tokenizer_path": None,
+            "model_path": None if drawn else str(model),
+            "config_path": str(model) if drawn else None,
+            "tokenizer_path": str(model) if drawn else None,
             "foundation": {},
             **({"teacher_path": str(folder / "teacher")} if isinstance(cfg, DistillRecipeConfig) else {}),
             **parts,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from veomni_ckpt import CheckpointManager
 from veomni_config import RecipeConfig
 from veomni_data import PackingCollator, PaddingCollator, build_dataloader, build_dataset, slice_for_sequence_parallel
-from veomni_parallel import ParallelState, count_targets, global_sum
+from veomni_parallel import ParallelState, count_targets, evaluated, global_sum
 
 from veomni_recipes.distributed import barrier, to_device
 from veomni_recipes.progress import Progress
@@ -168,18 +168,3 @@ def held_out_loss(
                 total += model(**batch, num_items_in_batch=1, use_cache=False, **arguments).loss.double()
     targets = global_sum(targets, state.dp)
     return {"loss": global_sum(total, state.loss).item() / max(1, targets), "targets": targets}
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Inside, modules are in evaluation, but each rank still runs every part that others may need it for."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    for module in training:
-        if getattr(module, "runs_every_tower", False):
-            module.training = True
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
