@@ -13,8 +13,8 @@ OVERRIDES = """--train.lr 1e-3 --train.seed=3 --data.max_seq_len 1024 --train.us
 
 
 def test_a_whole_process_with_sixty_keys_and_ten_overrides_takes_under_half_a_second() -> None:
-    # processor time, since other processes may hold the cores; on an idle machine the clock shows the same. Where a core
-    # is slower, so is the import of the two packages that this one is made of.
+    # processor time, since other processes may hold the cores; on an idle machine the clock shows the same. Where
+    # a core is slower, so is the import of the two packages that this one is made of.
     program = (
         "import sys; from veomni_config import RecipeConfig, parse_args; parse_args(RecipeConfig); "
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
