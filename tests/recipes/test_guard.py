@@ -188,10 +188,11 @@ def test_a_step_with_a_broken_picture_is_skipped_and_a_replay_names_sample_pictu
         assert all(0 < sample.loss < 20 for sample in finite)
 
 
-def test_the_losses_of_a_replay_are_those_of_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("architecture", "rate"), [("full", "10"), ("lora", "0.1")])
+def test_the_losses_of_a_replay_are_those_of_the_step(architecture: str, rate: str, tmp_path: Path) -> None:
     """A spike is finite: what its replay on one device says is what the run has seen."""
-    arguments = prepare(tmp_path)
-    assert ends([*arguments, "--train.spike_sigma=1e-9", "--train.spike_window=4", "--train.lr=10"]) == 2
+    arguments = [*prepare(tmp_path), f"--train.train_architecture={architecture}"]
+    assert ends([*arguments, "--train.spike_sigma=1e-9", "--train.spike_window=4", f"--train.lr={rate}"]) == 2
     run = tmp_path / "run"
     (boxes,) = read_boxes(run).values()
     made = replay_step(run)
@@ -200,6 +201,17 @@ def test_the_losses_of_a_replay_are_those_of_the_step(tmp_path: Path) -> None:
     assert sum(made.losses.values()) == pytest.approx(boxes[0]["loss"], rel=1e-5)
     alone = sum(sample.loss * sample.targets for sample in made.samples)
     assert alone / sum(sample.targets for sample in made.samples) == pytest.approx(boxes[0]["loss"], rel=1e-5)
+
+
+def test_a_replay_of_quantised_layers_takes_a_checkpoint(tmp_path: Path) -> None:
+    arguments = prepare(tmp_path)
+    arguments += ["--train.train_architecture=lora", "--model.quantize_frozen=8", "--train.data_parallel_mode=ddp"]
+    arguments += ["--train.init_device=cpu", "--train.save_steps=1", "--train.lr=0.1"]
+    assert ends([*arguments, "--train.spike_sigma=1e-9", "--train.spike_window=4"]) == 2
+    (boxes,) = read_boxes(tmp_path / "run").values()
+    made = replay_step(tmp_path / "run")
+    assert made.weights.startswith(f"those of the checkpoint of step {made.step - 1}")
+    assert sum(made.losses.values()) == pytest.approx(boxes[0]["loss"], rel=1e-5)
 
 
 class Loader:

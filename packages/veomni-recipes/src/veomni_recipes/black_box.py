@@ -102,7 +102,7 @@ class BlackBox:
 
         Of a model with quantised weights, for which a Hugging Face folder has no place, nothing is saved.
         """
-        if any(_is_quantised(parameter) for parameter in self._model.parameters()):
+        if any(is_quantised(parameter) for parameter in self._model.parameters()):
             return
         folder = self._folder / f"step_{self._step}" / WEIGHTS
         export_hf(self._model, folder, assets=self._assets)
@@ -173,6 +173,6 @@ def read_boxes(run: Path) -> dict[int, list[dict[str, Any]]]:
     return dict(sorted(boxes.items()))
 
 
-def _is_quantised(parameter: torch.Tensor) -> bool:
+def is_quantised(parameter: torch.Tensor) -> bool:
     """Whether it is of another class of tensors, which is not for parts on ranks."""
     return hasattr(parameter, "__tensor_flatten__") and not isinstance(parameter, DTensor)

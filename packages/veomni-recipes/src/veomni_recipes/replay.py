@@ -20,7 +20,7 @@ from veomni_data import replay as replay_rows
 from veomni_models import ModelError
 
 from veomni_recipes.batch_counts import count_targets, count_tokens
-from veomni_recipes.black_box import FOLDER, read_boxes, set_random_states
+from veomni_recipes.black_box import FOLDER, is_quantised, read_boxes, set_random_states
 from veomni_recipes.distributed import to_device
 from veomni_recipes.errors import TrainingError
 from veomni_recipes.launch import USER_ERROR
@@ -152,7 +152,8 @@ def first_nonfinite(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[list
     for key, value in batch.items():
         _note(found, f"{key} of the batch", value)
     for name, parameter in model.named_parameters():
-        _note(found, f"the weight {name}", parameter)
+        if not is_quantised(parameter):  # whose numbers are integers
+            _note(found, f"the weight {name}", parameter)
 
     def after(name: str, kind: str) -> Callable[..., None]:
         def look(_: nn.Module, inputs: Any, output: Any) -> None:

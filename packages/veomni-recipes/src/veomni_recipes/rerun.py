@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from veomni_ckpt import CheckpointManager
+from veomni_ckpt import CheckpointManager, load_pretrained
 from veomni_config import DitRecipeConfig, parse_args
 from veomni_data import DataDescription, Sample, build_dataset, build_pipeline, read_ledger
 from veomni_models import (
@@ -20,6 +20,7 @@ from veomni_models import (
     add_adapters,
     build_foundation_model,
     is_omni_folder,
+    quantize_frozen,
     register_omni_model,
 )
 from veomni_parallel import ParallelPlan, build_parallelize_model, init_parallel_state
@@ -82,26 +83,42 @@ def open_rerun(run: Path, folder: Path, step: int, dp_rank: int, device: torch.d
     wrap: dict[str, Any] = {"mixed_precision": "bf16" if config["train"].get("enable_mixed_precision", True) else None}
     if config["data"].get("data_type") == "diffusion":
         return _of_latents(run, folder, step, device, wrap)
-    return _of_tokens(run, folder, step, dp_rank, device, wrap)
+    return _of_tokens(run, folder, step, dp_rank, device, wrap, config)
 
 
 def _of_tokens(
-    run: Path, folder: Path, step: int, dp_rank: int, device: torch.device, wrap: Mapping[str, Any]
+    run: Path,
+    folder: Path,
+    step: int,
+    dp_rank: int,
+    device: torch.device,
+    wrap: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> Rerun:
     """Of models of transformers, and omni models."""
     omni = is_omni_folder(folder)
+    adapted = config["train"].get("train_architecture") == "lora"
     if (folder / WEIGHTS).is_dir():
         weights = _of_the_step(folder)
         if omni:
             plain: Any = OmniModel.from_pretrained(folder / WEIGHTS).to(device).train()
         else:
-            plain = build_foundation_model(folder / WEIGHTS, folder / WEIGHTS, init_device=str(device))
+            own = None if adapted else folder / WEIGHTS
+            plain = build_foundation_model(folder / WEIGHTS, own, init_device=str(device))
+        if adapted:
+            add_adapters(plain, config["model"]["lora_config"])
+            load_pretrained(plain, folder / WEIGHTS)
     else:
         saved = _checkpoint_before(run, folder, step)
         if omni:
             plain = OmniModel(OmniConfig.from_pretrained(folder)).to(device).train()
         else:
-            plain = build_foundation_model(folder, init_device=str(device))
+            base = config["model"].get("model_path") if adapted else None  # of adapters a checkpoint holds nothing else
+            plain = build_foundation_model(folder, base, init_device=str(device))
+        if adapted:
+            if bits := config["model"].get("quantize_frozen"):
+                quantize_frozen(plain.requires_grad_(False), bits)
+            add_adapters(plain, config["model"]["lora_config"])
         weights = _load_checkpoint(run, saved, step, plain)
     model = build_parallelize_model(plain, init_parallel_state(device_type=device.type), **wrap)
 
