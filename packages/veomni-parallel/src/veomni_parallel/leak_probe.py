@@ -89,7 +89,8 @@ def leak_probe(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float |
     for link in links_of(model):
         if link.ranks > 1 and not link.plain:
             group = link.group
-            start = link.own(bounds[-1]).start if ids.shape[1] < bounds[-1] else 0
+            start = link.own(bounds[-1]).start
+    first = start if ids.shape[1] < bounds[-1] else 0  # multimodal models are handed the whole row
     successor = _successors(model, ids, group)
 
     samples = len(bounds) - 1
@@ -99,7 +100,7 @@ def leak_probe(model: nn.Module, batch: Mapping[str, Any], *, tolerance: float |
         moved = torch.zeros(2, samples, samples, dtype=torch.float64, device=ids.device)  # [what, changed, moved]
         for number in range(rounds):  # ranks with fewer samples repeat their last, to stay in step
             changed = min(number, samples - 1)
-            tokens = torch.arange(start, start + ids.shape[1], device=ids.device)
+            tokens = torch.arange(first, first + ids.shape[1], device=ids.device)
             inside = (tokens >= bounds[changed]) & (tokens < bounds[changed + 1])
             after = _compute(model, {**batch, "input_ids": torch.where(inside, successor, ids)}, embedded, bounds)
             for what, (old, new) in enumerate(zip(before, after, strict=True)):

@@ -1,7 +1,7 @@
 """`veomni check CONFIG`: one step of a recipe on CPU ranks against one process that runs each sample alone.
 
 The truth is the model as transformers has it, unwrapped, in float32, with eager attention, on one sample after the
-other. Compared with it are the loss and every gradient of the same samples packed, on the configuration's layout.
+other, or with a loss of the routers, which is of all tokens together, on all of them in one padded batch. Compared with it are the loss and every gradient of the same samples packed, on the configuration's layout.
 """
 
 from __future__ import annotations
@@ -141,9 +141,10 @@ def _untouched(cfg: RecipeConfig) -> RecipeConfig:
 
 
 def alone(model: Any, samples: Sequence[Sample], collate: Any, targets: int) -> Step:
-    """Each sample on its own through the unwrapped model."""
+    """Each sample on its own through the unwrapped model, or padded together if its routers have a loss."""
     loss, values = 0.0, dict[str, float]()
-    batches = [dict(collate([sample])) for sample in samples]
+    routed = getattr(model.config.get_text_config(), "output_router_logits", False)
+    batches = [dict(collate(samples))] if routed else [dict(collate([sample])) for sample in samples]
     for batch in batches:
         out = model(**batch, num_items_in_batch=targets, use_cache=False, **_noise(model))
         out.loss.backward()

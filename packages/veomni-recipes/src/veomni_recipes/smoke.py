@@ -189,9 +189,10 @@ def write_config(
 
 
 def _parallel_sizes(cfg: RecipeConfig, processes: int) -> dict[str, int]:
-    left, sizes = processes, {}
-    for key in _SPLITTING:
-        sizes[key] = left if getattr(cfg.train, key) > 1 else 1
+    left, sizes = processes, dict.fromkeys(_SPLITTING, 1)
+    several = [key for key in _SPLITTING if getattr(cfg.train, key) > 1]
+    for key in several:
+        sizes[key] = left if key == several[-1] else min(2, left)
         left //= sizes[key]
     sizes["expert_parallel_size"] = processes if cfg.train.expert_parallel_size > 1 else 1
     sizes["global_batch_size"] = 2 * left
