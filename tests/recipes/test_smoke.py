@@ -74,7 +74,7 @@ def test_check_fails_on_a_recipe_that_forgets_part_of_the_gradient(tmp_path: Pat
 
     assert main(["cp", "train_torch", str(tmp_path / "mine.py")]) == 0
     text = (tmp_path / "mine.py").read_text()
-    # the model is not the one of the configuration: its first layer is frozen on ranks, and learns alone
+    # on ranks half of a gradient is lost in the first layer
     broken = text.replace("    return model\n", BROKEN, 1)
     assert broken != text
     (tmp_path / "mine.py").write_text(broken)
@@ -86,6 +86,6 @@ def test_check_fails_on_a_recipe_that_forgets_part_of_the_gradient(tmp_path: Pat
 
 
 BROKEN = """    if cfg.model.attn_implementation != "eager":
-        model.model.layers[0].mlp.down_proj.weight.register_hook(lambda gradient: gradient * 0.5)
+        model.model.layers[0].mlp.register_full_backward_hook(lambda _, inputs, outputs: (inputs[0] * 0.5,))
     return model
 """

@@ -148,10 +148,13 @@ def check_config(config: Path, recipe: str | None, overrides: list[str]) -> int:
     from veomni_recipes.smoke import check_arguments, recipe_for
 
     try:
-        recipe = recipe or recipe_for([str(config), *overrides])
-        module = RECIPES.get(recipe) or recipe
+        like = recipe if recipe in RECIPES else recipe_for([str(config), *overrides])
+        module = RECIPES.get(recipe or like) or str(recipe)
+        if recipe is not None and recipe not in RECIPES and not (recipe.endswith(".py") and Path(recipe).is_file()):
+            print(f"{recipe} is neither a recipe ({', '.join(RECIPES)}) nor a script", file=sys.stderr)
+            return USER_ERROR
         with tempfile.TemporaryDirectory() as folder:
-            processes, arguments = check_arguments(Path(recipe).stem, [str(config), *overrides], Path(folder))
+            processes, arguments = check_arguments(str(like), [str(config), *overrides], Path(folder))
             os.environ |= {"NPROC_PER_NODE": str(processes), "CUDA_VISIBLE_DEVICES": ""}
             return launch("veomni_recipes.parity_check", [module, *arguments])
     except ConfigError as error:

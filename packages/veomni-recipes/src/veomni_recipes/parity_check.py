@@ -1,19 +1,23 @@
 """`veomni check CONFIG`: one step of a recipe on CPU ranks against one process that runs each sample alone.
 
 The truth is the model as transformers has it, unwrapped, in float32, with eager attention, on one sample after the
-other, or with a loss of the routers, which is of all tokens together, on all of them in one padded batch. Compared with it are the loss and every gradient of the same samples packed, on the configuration's layout.
+other, or with a loss of the routers, which is of all tokens together, on all of them in one padded batch. Compared with
+it are the loss and every gradient of the same samples packed, on the configuration's layout.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -62,9 +66,9 @@ class Step:
 
 @ends_with_one_sentence(ConfigError, DataError, ModelError, ParallelError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check the recipe of the module that the first argument names, with the configuration that follows."""
+    """Check the recipe of the module or script that the first argument names, with the configuration that follows."""
     name, *arguments = sys.argv[1:] if argv is None else argv
-    recipe = importlib.import_module(name)
+    recipe = load_recipe(name)
     cfg: RecipeConfig = parse_args(recipe.Config, arguments)
     disable_progress_bar()
     assets, data, *_ = recipe.read_data(cfg)
@@ -92,15 +96,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.zero_grad()
     leaks = leak_probe(model, _without_targets(part)) if collate is PackingCollator and len(own) > 1 else None
 
+    good = torch.zeros((), dtype=torch.bool)
     if rank() == 0:
         plain = _built(recipe, _untouched(cfg), assets, device)
         truth = alone(plain, samples, PaddingCollator(pad), int(targets))
-        good = report(Console(width=110), state.describe(), samples, spread, truth, leaks, plain)
-    if state.sizes.world_size > 1:
-        verdict = torch.tensor(float(good) if rank() == 0 else 0.0)
-        good = bool(global_sum(verdict, state.loss) > 0) if state.tp.size() == 1 else True
-    if rank() == 0 and not good:
+        good |= report(Console(width=110), state.describe(), samples, spread, truth, leaks, plain)
+    if world_size() > 1:
+        dist.broadcast(good, src=0)
+    if not good:
         raise ParallelError("the step on this layout is not that of one process: see the table above")
+
+
+def load_recipe(name: str) -> Any:
+    """The module of a recipe, by its name or by the file of a script."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe
 
 
 def _built(recipe: Any, cfg: RecipeConfig, assets: Any, device: torch.device) -> Any:
