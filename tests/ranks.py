@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -24,6 +25,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     }
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
@@ -43,7 +46,13 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         else:
             dist.barrier()  # gloo aborts a rank whose peers have left
             dist.destroy_process_group()
-            _clear_sharding_prop_cache()  # it keeps meshes, whose groups are gone
+            # caches keep meshes, and wrapped models are cycles that do: their groups' threads would slow all that follows
+            _clear_sharding_prop_cache()
+            _redistribute.clear_redistribute_planner_cache()
+            _redistribute._gen_transform_infos.cache_clear()
+            MeshTopoInfo.build_from_mesh.cache_clear()
+            gc.collect()
+            gc.freeze()  # what is left stays, and is not looked through again
         pipe.send(answer)
 
 
