@@ -46,7 +46,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         else:
             dist.barrier()  # gloo aborts a rank whose peers have left
             dist.destroy_process_group()
-            # caches keep meshes, and wrapped models are cycles that do: their groups' threads would slow all that follows
+            # caches keep meshes, and so do wrapped models, which are cycles: their groups' threads would slow the rest
             _clear_sharding_prop_cache()
             _redistribute.clear_redistribute_planner_cache()
             _redistribute._gen_transform_infos.cache_clear()

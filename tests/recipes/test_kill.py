@@ -54,7 +54,7 @@ def test_a_killed_run_goes_on_with_the_very_numbers_of_an_undisturbed_one(argume
     assert numbers(cut) == numbers(whole)
 
 
-@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("told", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 @pytest.mark.timeout(200)
 def test_a_run_that_is_told_to_stop_saves_itself_and_goes_on(
     told: signal.Signals, arguments: list[str], tmp_path: Path

@@ -68,7 +68,7 @@ def test_sharded_from_meta_starts_where_one_process_with_its_weights_does(
 @pytest.mark.parametrize(
     ("frozen", "kept"),
     [
-        ("freeze_encoder", {"encoders"}),
+        pytest.param("freeze_encoder", {"encoders"}, marks=pytest.mark.slow),
         ("freeze_encoder_all", {"encoders", "projectors"}),
         ("freeze_foundation", {"foundation"}),
     ],

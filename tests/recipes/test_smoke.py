@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from veomni_recipes.catalog import recipe_of, shipped_configs
 
-IN_EVERY_RUN = [("sft/qwen3_lora", 2), ("pretrain/qwen3_moe", 2)]
+IN_EVERY_RUN = [("pretrain/qwen3_moe", 2)]
 OTHER_DATA = ("multimodal/omni/digits_tokenizer",)
 """Configurations whose recipe takes no model that could be made smaller; a test of their own trains them."""
 CASES = [
