@@ -88,15 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_recipe(recipe: str, arguments: list[str]) -> int:
     """Train by a recipe of this package, or a script, on all devices of this machine."""
-    module = RECIPES.get(recipe)
+    module = _program(recipe)
     if module is None:
-        script = Path(recipe)
-        if not script.is_file():
-            print(f"{recipe} is neither a recipe ({', '.join(RECIPES)}) nor a script", file=sys.stderr)
-            return USER_ERROR
-        package = Path(__file__).parent
-        inside = script.resolve().is_relative_to(package)
-        module = _module(script.resolve().relative_to(package.parent)) if inside else recipe
+        return USER_ERROR
     if "--smoke" in arguments:
         arguments = _smoke(Path(recipe).stem, [argument for argument in arguments if argument != "--smoke"])
         if not arguments:
@@ -104,8 +98,17 @@ def run_recipe(recipe: str, arguments: list[str]) -> int:
     return launch(module, arguments)
 
 
-def _module(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts)
+def _program(recipe: str) -> str | None:
+    """The module of a recipe or of a script in here, else the path of a script; None, after a sentence, if neither."""
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    script, package = Path(recipe).resolve(), Path(__file__).parent
+    if not script.is_file() or script.suffix != ".py":
+        print(f"{recipe} is neither a recipe ({', '.join(RECIPES)}) nor a script", file=sys.stderr)
+        return None
+    if script.is_relative_to(package):
+        return ".".join(script.relative_to(package.parent).with_suffix("").parts)
+    return recipe
 
 
 def _smoke(recipe: str, arguments: list[str]) -> list[str]:
@@ -149,12 +152,11 @@ def check_config(config: Path, recipe: str | None, overrides: list[str]) -> int:
 
     try:
         like = recipe if recipe in RECIPES else recipe_for([str(config), *overrides])
-        module = RECIPES.get(recipe or like) or str(recipe)
-        if recipe is not None and recipe not in RECIPES and not (recipe.endswith(".py") and Path(recipe).is_file()):
-            print(f"{recipe} is neither a recipe ({', '.join(RECIPES)}) nor a script", file=sys.stderr)
+        module = _program(recipe or like)
+        if module is None:
             return USER_ERROR
         with tempfile.TemporaryDirectory() as folder:
-            processes, arguments = check_arguments(str(like), [str(config), *overrides], Path(folder))
+            processes, arguments = check_arguments(like, [str(config), *overrides], Path(folder))
             os.environ |= {"NPROC_PER_NODE": str(processes), "CUDA_VISIBLE_DEVICES": ""}
             return launch("veomni_recipes.parity_check", [module, *arguments])
     except ConfigError as error:
