@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.utils import _ReaderView
 from torch.futures import Future
 
+from veomni_ckpt.durable import naming
 from veomni_ckpt.errors import DamagedCheckpointError
 from veomni_ckpt.manifest import fault_of_item
 from veomni_ckpt.metadata_reader import DcpMetadata, parse_dcp_metadata
@@ -123,15 +124,13 @@ class _Telling:
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with self._system.create_stream(path, mode) as raw:
+        # a full disk may show at any write, or when the stream is closed
+        with naming(path), self._system.create_stream(path, mode) as raw:
             stream = _TellingStream(raw)
             try:
                 yield stream
             except Exception as error:
-                fault = stream.fault
-                if isinstance(fault, OSError) and fault.errno is not None:
-                    raise OSError(fault.errno, fault.strerror, os.fspath(path)) from error
-                raise fault or error from error
+                raise stream.fault or error from error
 
 
 class _TellingStream:

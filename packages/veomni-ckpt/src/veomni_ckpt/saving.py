@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from veomni_ckpt import manifest, optimizer_state, state_tree
 from veomni_ckpt.agreement import agree, from_first, gather, is_first
 from veomni_ckpt.dcp_files import open_writer, read_metadata, verify_ranges
+from veomni_ckpt.durable import naming
 from veomni_ckpt.errors import CheckpointError
 from veomni_ckpt.names import frozen_names, reshard
 from veomni_ckpt.storage import Storage, as_folder
@@ -141,7 +142,8 @@ def write(snapshot: Snapshot, storage: Storage, group: dist.ProcessGroup | None,
 def _complete(snapshot: Snapshot, draft: Path) -> manifest.Manifest:
     """Write the small files, and list all."""
     for name, content in snapshot.files.items():
-        (draft / name).write_bytes(content)
+        with naming(draft / name):
+            (draft / name).write_bytes(content)
     written = manifest.of_files(draft, snapshot.trainable_only)
     # files of another machine are seen here only on a shared file system
     metadata = read_metadata(draft / ".metadata", written.content(draft, ".metadata"))

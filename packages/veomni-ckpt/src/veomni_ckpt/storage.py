@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from veomni_ckpt import manifest
-from veomni_ckpt.durable import hidden_beside, publish, remove, restore_replaced, retire
+from veomni_ckpt.durable import hidden_beside, naming, publish, remove, restore_replaced, retire
 from veomni_ckpt.errors import CheckpointError, DamagedCheckpointError
 
 PROTECTED = "protected"
@@ -96,7 +96,8 @@ class Disk:
     def publish(self, draft: Path, step: int, written: manifest.Manifest) -> None:
         """Sync every file, then the folder, then rename it."""
         final = _folder_of(self.folder, step)
-        (draft / manifest.NAME).write_bytes(written.encode())
+        with naming(draft / manifest.NAME):
+            (draft / manifest.NAME).write_bytes(written.encode())
         if (final / PROTECTED).exists():
             (draft / PROTECTED).touch()
         publish(draft, final)
