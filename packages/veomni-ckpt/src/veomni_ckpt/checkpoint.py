@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,7 @@ from veomni_ckpt.tiling import volume
 
 Shape = tuple[int, ...]
 
-_OPEN_FILES = 200
+_OPEN_FILES = 200  # of a thread
 SCRATCH = -1  # the number of the temporary file
 
 
@@ -63,7 +64,7 @@ class Checkpoint:
     files: list[Path] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     scratch_folder: Path | None = None
-    _open: dict[int, int] = field(default_factory=dict)
+    _open: dict[int, dict[int, int]] = field(default_factory=dict)  # thread -> number -> descriptor
     _scratch: BinaryIO | None = None
     _pieces: dict[str, list[Piece]] = field(default_factory=dict)
 
@@ -75,8 +76,9 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files; temporary ones are gone with that."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        for opened in self._open.values():
+            for descriptor in opened.values():
+                os.close(descriptor)
         self._open.clear()
         if self._scratch is not None:
             self._scratch.close()
@@ -87,18 +89,19 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     def descriptor(self, file: int) -> int:
-        """The open file of that number; valid until the next call."""
+        """The open file of that number; valid until this thread's next call."""
         if file == SCRATCH and self._scratch is not None:
             return self._scratch.fileno()
-        descriptor = self._open.pop(file, None)
+        opened = self._open.setdefault(threading.get_ident(), {})
+        descriptor = opened.pop(file, None)
         if descriptor is None:
-            if len(self._open) >= _OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
+            if len(opened) >= _OPEN_FILES:
+                os.close(opened.pop(next(iter(opened))))
             try:
                 descriptor = os.open(self.files[file], os.O_RDONLY | os.O_NONBLOCK)
             except OSError as error:
                 raise DamagedCheckpointError(f"{self.files[file]} cannot be read ({error.strerror})") from error
-        self._open[file] = descriptor  # the last one is the one used last
+        opened[file] = descriptor  # the last one is the one used last
         return descriptor
 
     def name_of(self, file: int) -> str:

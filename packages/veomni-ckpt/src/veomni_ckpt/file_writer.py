@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from veomni_ckpt.block_writer import BlockWriter, ShortFileError, Slot
-from veomni_ckpt.errors import DamagedCheckpointError
+from veomni_ckpt.block_writer import BlockWriter, Slot, write_at
 from veomni_ckpt.lora import merger
 from veomni_ckpt.output_files import Output, OutputFile
-from veomni_ckpt.tensor_reader import BLOCK, TensorReader
+from veomni_ckpt.tensor_reader import TensorReader
+
+BLOCK = 2**20  # what a conversion needs beside it fits into a processor's own cache too
+_JOB = 8  # blocks: handing over a job costs as much as a block
 
 
 def write_file(path: Path, file: OutputFile, writer: BlockWriter) -> Iterator[int]:
@@ -19,69 +22,48 @@ def write_file(path: Path, file: OutputFile, writer: BlockWriter) -> Iterator[in
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         _allocate(descriptor, file.nbytes)
-        writer.write_bytes(memoryview(file.head), descriptor, 0)
+        write_at(descriptor, memoryview(file.head), 0)
         yield len(file.head)
         for output in file.outputs:
-            at = file.begins[output.name]
-            if output.merge is not None:
-                blocks = _merged(output, writer, descriptor, at)
-            elif output.dtype != output.source.dtype:
-                blocks = _converted(output, writer, descriptor, at)
-            else:
-                blocks = _copied(output, writer, descriptor, at)
-            yield from blocks
+            put = _put_merged if output.merge is not None else _put
+            yield from put(output, writer, descriptor, file.begins[output.name])
         writer.finish()
-    except ShortFileError as error:
-        origin = file.outputs[0].origin.path
-        raise DamagedCheckpointError(f"{origin} has become shorter while it was being copied") from error
     finally:
         writer.drain()
         os.close(descriptor)
 
 
-def _copied(output: Output, writer: BlockWriter, descriptor: int, at: int) -> Iterator[int]:
-    reader = TensorReader(output.origin, output.source)
-    if ranges := reader.long_ranges():
-        for first, length, file, source in ranges:
-            for begin in range(0, length, BLOCK):
-                size = min(BLOCK, length - begin)
-                opened = output.origin.descriptor(file)
-                writer.copy_range(opened, source + begin, descriptor, at + first + begin, size)
-                yield size
-        return
-    block = reader.block_bytes(BLOCK)
-    for begin in range(0, reader.nbytes, block):
-        end = min(begin + block, reader.nbytes)
-
-        def fill(slot: Slot, begin: int = begin, end: int = end) -> int:
-            reader.read(begin, end, slot.memory, slot.slices)
-            return end - begin
-
-        yield writer.write_block(fill, descriptor, at + begin)
-
-
-def _converted(output: Output, writer: BlockWriter, descriptor: int, at: int) -> Iterator[int]:
-    from veomni_ckpt.casting import caster
-
+def _put(output: Output, writer: BlockWriter, descriptor: int, at: int) -> Iterator[int]:
     source, target = output.source.dtype, output.dtype
     reader = TensorReader(output.origin, output.source)
-    convert = caster(source, target)
+    convert = None
+    if source != target:
+        from veomni_ckpt.casting import caster
+
+        convert = caster(source, target)
+
     # as many elements as fit in a buffer in either type
     block = reader.block_bytes(BLOCK * source.itemsize // max(source.itemsize, target.itemsize))
-    for begin in range(0, reader.nbytes, block):
-        end = min(begin + block, reader.nbytes)
 
-        def fill(slot: Slot, begin: int = begin, end: int = end) -> int:
+    def write(first: int, last: int, at: int, slot: Slot) -> None:
+        for begin in range(first, last, block):
+            end = min(begin + block, last)
             reader.read(begin, end, slot.memory, slot.slices)
-            return end - begin
+            data = slot.memory[: end - begin]
+            if convert is not None:
+                data = slot.converted[: convert(data, slot.converted)]
+            write_at(descriptor, data, at)
+            at += len(data)
 
-        writer.write_block(fill, descriptor, at, convert)
-        length = (end - begin) // source.itemsize * target.itemsize
+    for first in range(0, reader.nbytes, _JOB * block):
+        last = min(first + _JOB * block, reader.nbytes)
+        writer.put(partial(write, first, last, at))
+        length = (last - first) // source.itemsize * target.itemsize
         at += length
         yield length
 
 
-def _merged(output: Output, writer: BlockWriter, descriptor: int, at: int) -> Iterator[int]:
+def _put_merged(output: Output, writer: BlockWriter, descriptor: int, at: int) -> Iterator[int]:
     from veomni_ckpt.casting import from_float32, to_float32
 
     assert output.merge is not None
@@ -89,17 +71,21 @@ def _merged(output: Output, writer: BlockWriter, descriptor: int, at: int) -> It
     source = output.source
     reader = TensorReader(output.origin, source)
     add = merger(output.adapters, output.merge, source)
-    row = source.shape[1] * source.dtype.itemsize
+    columns = source.shape[1]
+    row = columns * source.dtype.itemsize
+
+    def write(first: int, last: int, slot: Slot) -> None:
+        raw = memoryview(bytearray((last - first) * row))
+        reader.read(first * row, last * row, raw)
+        values = to_float32(raw, source.dtype).reshape(last - first, columns)
+        data = from_float32(add(first, values), output.dtype)
+        write_at(descriptor, data.data, at + first * columns * output.dtype.itemsize)
+
     rows = max(1, BLOCK // row)
-    raw = memoryview(bytearray(rows * row))
     for first in range(0, source.shape[0], rows):
         last = min(first + rows, source.shape[0])
-        reader.read(first * row, last * row, raw, {})
-        values = to_float32(raw[: (last - first) * row], source.dtype).reshape(last - first, source.shape[1])
-        data = from_float32(add(first, values), output.dtype).data.cast("B")
-        writer.write_bytes(data, descriptor, at)
-        at += len(data)
-        yield len(data)
+        writer.put(partial(write, first, last))
+        yield (last - first) * columns * output.dtype.itemsize
 
 
 def _allocate(descriptor: int, length: int) -> None:

@@ -30,7 +30,7 @@ from veomni_ckpt.dcp_checkpoint import DcpCheckpoint
 from veomni_ckpt.dtypes import Dtype, target_dtype
 from veomni_ckpt.durable import restore_replaced
 from veomni_ckpt.errors import CheckpointError
-from veomni_ckpt.file_writer import write_file
+from veomni_ckpt.file_writer import BLOCK, write_file
 from veomni_ckpt.key_map import apply_key_map, model_names
 from veomni_ckpt.lora import check_merge, has_adapters, plan_merge, read_adapter_config
 from veomni_ckpt.open_checkpoint import open_checkpoint
@@ -38,7 +38,6 @@ from veomni_ckpt.output_files import Output, OutputFile, parse_size, plan_files,
 from veomni_ckpt.resumable_folder import ResumableFolder, resumable_folder
 from veomni_ckpt.safetensors_files import write_index
 from veomni_ckpt.same_bytes import same_bytes
-from veomni_ckpt.tensor_reader import BLOCK
 
 Progress = Callable[[int, int], None]
 
@@ -97,7 +96,7 @@ def dcp_to_hf(
         src: a DCP folder of any trainer, or another format that `open_checkpoint` knows.
         dst: a name that is free.
         dtype: floating-point tensors are converted to it: "bfloat16", "float16", "float32", "float64" (or torch's).
-            Rounds as torch does; a NaN becomes the quiet NaN 0x7FC0 in bfloat16.
+            Rounds as torch does; a NaN becomes a quiet one of its sign.
         max_shard_size: bytes, or a string such as "5GB"; a larger tensor gets a file of its own.
         assets: files, or folders of a config, tokenizer, processor. None: those kept with the checkpoint, or else of
             `base_model`.
