@@ -85,7 +85,8 @@ own += [time.perf_counter() - begin, time.process_time() - warm_cpu]
 every = [None] * dist.get_world_size()
 dist.all_gather_object(every, own)
 if dist.get_rank() == 0:
-    print(json.dumps(every))
+    print(json.dumps(every), flush=True)
+dist.barrier()
 dist.destroy_process_group()
 """
 MAKE = """

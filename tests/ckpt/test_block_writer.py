@@ -38,9 +38,9 @@ def test_a_failed_job_is_raised_and_leaves_no_thread(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path / "file", os.O_RDONLY)
     done: list[int] = []
     with BlockWriter(BLOCK) as writer:
+        more_than_wait = [partial(copy, memoryview(bytes(BLOCK)), descriptor, 0)] * 1_000
         with pytest.raises(OSError, match="Bad file descriptor"):
-            for _ in range(1_000):  # more than can wait
-                writer.put(partial(copy, memoryview(bytes(BLOCK)), descriptor, 0))
+            any(map(writer.put, more_than_wait))
         with pytest.raises(OSError, match="Bad file descriptor"):
             writer.put(lambda slot: done.append(1))
         with pytest.raises(OSError, match="Bad file descriptor"):

@@ -300,8 +300,9 @@ def export_and_measure(folder: Path) -> tuple[float, float]:
     for layer in model:
         fully_shard(layer)
     model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.to_local().fill_(1.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().fill_(1.0)
 
     def status(name: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -105,7 +105,8 @@ def convert_on_load(model: nn.Module, wanted: Mapping[str, torch.Tensor], stored
                 result.unexpected.append(name)
                 continue
             if pattern is None:
-                planned.setdefault(target, WeightRenaming(name, target)).add_tensor(target, name, name, stored[name])
+                result.values.setdefault(target, stored[name])
+                result.origins.setdefault(target, [name])
             else:
                 if target not in planned:
                     planned[target] = copy.deepcopy(by_pattern[pattern])
