@@ -308,24 +308,26 @@ class _Reader(PickleReader):
         pattern = self._place_record = self._place_record or self._learn(ANY_PLACE, begin, place_pattern, _PLACE_GETS)
         if pattern is None:
             return False
-        data, memo, at = self._data, self._memo, begin
-        while at <= self._low and (match := pattern.match(data, at)):
+        data, memo, low, at = self._data, self._memo, self._low, begin
+        names, shapes, read_shape, add_place = self._names, self._shape_cache, self._shape, self._add_place
+        last_file, file, last_length, length = b"", None, b"", 0
+        while at <= low and (match := pattern.match(data, at)):
             raw_name, raw_offsets, raw_file, raw_offset, raw_length = match.groups()
-            name, file = self._text(raw_name), self._text(raw_file)
+            name = names.get(raw_name) or self._text(raw_name)
+            if raw_file != last_file:  # ranks come one after the other
+                last_file, file = raw_file, self._text(raw_file)
             if name is None or file is None:
                 break
-            memo += (UNREAD, UNREAD)
-            if raw_name[0] == 0x8C:
-                memo.append(name)
-            offsets, of_offsets = self._shape(raw_offsets)
-            memo += of_offsets
-            memo += (UNREAD, UNREAD)
-            if raw_file[0] == 0x8C:
-                memo.append(file)
-            offset, length = number_of(raw_offset), number_of(raw_length)
+            if raw_length != last_length:
+                last_length, length = raw_length, number_of(raw_length)
+            offsets, of_offsets = shapes.get(raw_offsets) or read_shape(raw_offsets)
+            offset = number_of(raw_offset)
             if offset < 0 or length < 0:
                 raise PickleError(f"it has a place of {name[:200]!r} without an offset")
-            self._add_place(name, offsets, file, offset, length)
+            new_name = (name,) if raw_name[0] == 0x8C else ()
+            new_file = (file,) if raw_file[0] == 0x8C else ()
+            memo += (UNREAD, UNREAD, *new_name, *of_offsets, UNREAD, UNREAD, *new_file)
+            add_place(name, offsets, file, offset, length)
             at = match.end()
         self._at = max(self._at, at)
         return at > begin
