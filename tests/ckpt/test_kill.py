@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from veomni_ckpt import CheckpointManager
 
+pytestmark = pytest.mark.alone
+
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(30)])

@@ -86,6 +86,20 @@ def broken(values: Any) -> Any:
         ({"array": np.zeros((1, 2, 3)), "sampling_rate": 9}, r"an array \[1, 2, 3\] of float64"),
         (7, "a sound is a int: it must be a path, bytes or base64"),
     ],
+    ids=[
+        "nan",
+        "inf",
+        "nan in a file",
+        "empty",
+        "empty file",
+        "no file",
+        "cut file",
+        "no dict",
+        "no rate",
+        "rate of 0",
+        "too many dimensions",
+        "int",
+    ],
 )
 def test_what_is_wrong_with_a_sound_is_named(sound: Any, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence) as error:

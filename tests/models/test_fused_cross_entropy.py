@@ -97,6 +97,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_it_takes_a_fraction_of_the_memory_of_the_whole_logits():
     peaks = {}
     for kind in ("plain", "fused"):

@@ -46,7 +46,9 @@ def heads(length: int, value_size: int = 5) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kernel", [{}, {"softcap": 2.0}, {"sinks": torch.randn(4).double()}, {"scaling": 0.3}], ids=str
+    "kernel",
+    [{}, {"softcap": 2.0}, {"sinks": torch.tensor([-0.1, 0.8, -1.4, 0.2], dtype=torch.double)}, {"scaling": 0.3}],
+    ids=["plain", "softcap", "sinks", "scaling"],
 )
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_pieces_give_what_one_mask_of_the_whole_row_gives(rule: MaskRule, kernel: dict[str, Any]) -> None:
@@ -111,6 +113,7 @@ def inputs() -> dict[str, Any]:
     return {key: value for key, value in whole_row()[0].items() if key not in ("labels", "shift_labels")}
 
 
+@pytest.mark.slow
 def test_flex_attention_is_told_by_a_block_mask() -> None:
     """On CPU torch's flex attention has a forward only."""
     torch.testing.assert_close(

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from veomni_parallel import Watchdog
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = """
 import datetime, os, signal, sys, time
 import torch

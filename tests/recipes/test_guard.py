@@ -30,6 +30,8 @@ from veomni_recipes.tasks.omni import train_omni_model
 
 from tests.recipes.text_run import prepare, train
 
+pytestmark = pytest.mark.alone
+
 
 class Notes:
     """Stands for a black box."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from veomni_recipes.run_folder import read_metrics
 
+pytestmark = pytest.mark.alone
+
 STEPS = 30
 
 
@@ -29,12 +31,21 @@ def ranks_of(folder: Path) -> list[str]:
     return [line for line in lines if f"--train.output_dir={folder}" in line]
 
 
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param([(8, 15)], id="once"),
+        pytest.param([(1, 6), (8, 15), (16, 26)], id="three times", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.timeout(300)
-def test_a_killed_run_goes_on_with_the_very_numbers_of_an_undisturbed_one(arguments: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_the_very_numbers_of_an_undisturbed_one(
+    moments: list[tuple[int, int]], arguments: list[str], tmp_path: Path
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(arguments, whole).wait() == 0
     random.seed()
-    for earliest, latest in ((1, 6), (8, 15), (16, 26)):
+    for earliest, latest in moments:
         run = start(arguments, cut, "--train.load_checkpoint_path=auto")
         kill_at, pause = random.randint(earliest, latest), random.uniform(0, 0.2)
         print(f"SIGKILL {pause:.3f} s after step {kill_at}")  # shown if the test fails

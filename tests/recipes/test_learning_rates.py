@@ -37,7 +37,7 @@ def test_groups_follow_the_schedule_in_proportion_to_their_peaks() -> None:
     assert found["tower.1.bias"] == pytest.approx((0.1, 0.0))
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "fsdp1"])
+@pytest.mark.parametrize("mode", ["fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
 def test_parts_learn_at_their_own_rates_or_not_at_all(
     mode: str, arguments: list[str], tmp_path: Path, two_ranks: Ranks
 ) -> None:
