@@ -52,6 +52,11 @@ def test_all_bits_convert_as_in_torch(source: Dtype, target: str) -> None:
     assert torch.equal(got[~nan].view(torch.uint8), expected[~nan].view(torch.uint8))
     if target == "bfloat16":
         assert set(got[nan].view(torch.uint16).tolist()) <= {0x7FC0, 0xFFC0}
+    if target == "bfloat16" and source.name == "float32":
+        negative = raw.view(torch.float32)[nan].signbit()
+        assert torch.equal(got[nan].signbit(), negative)
+        assert negative.any()
+        assert not negative.all()
 
 
 def test_ties_go_to_even() -> None:

@@ -20,7 +20,6 @@ from veomni_ckpt.tiling import volume
 Shape = tuple[int, ...]
 
 BLOCK = 2 * 2**20
-_LONG = 2**16  # bytes of a range that is worth a call of its own
 _PAGE = 4_096
 _MAX_SLICES = 1_024  # IOV_MAX
 _MAX_ROWS = 4_096  # of a block: each is a Python object for every strip
@@ -64,17 +63,6 @@ class TensorReader:
         rows = min(wanted // self.row_bytes, _MAX_ROWS)
         step = _PAGE // math.gcd(self.row_bytes, _PAGE)
         return (rows // step * step or rows) * self.row_bytes
-
-    def long_ranges(self) -> list[tuple[int, int, int, int]]:
-        """(begin in the tensor, length, file, begin in the file) of ranges that are all of it; empty if some are short.
-
-        So it is where a tensor was saved whole, or split along its first dimensions only.
-        """
-        ranges = [
-            (strip.row * self.row_bytes, strip.rows * strip.width, strip.file, strip.begin) for strip in self._strips
-        ]
-        whole = all(strip.width == self.row_bytes for strip in self._strips)
-        return ranges if whole and all(length >= _LONG for _, length, _, _ in ranges) else []
 
     def read(
         self, begin: int, end: int, buffer: memoryview, slices: dict[tuple[int, ...], list[memoryview]] | None = None
